@@ -21,12 +21,12 @@ def _check_whole(**values: object) -> None:
         most = _MAX.get(name, _MAX_OTHER)
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, bool) or not isinstance(one, int) or abs(one) > most:
-                raise ValueError(f"{name} is {one!r:.40}; it is a whole number up to {most}")
+                raise ValueError(f"{name} is {one!r:.40}; it must be a whole number up to {most}")
 
 
 def _check_channels(num_channels: int) -> None:
     if num_channels < 1:
-        raise ValueError(f"num_channels is {num_channels}; it is at least 1")
+        raise ValueError(f"num_channels is {num_channels}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,24 @@ class ViTConfig:
                      num_storage_tokens=self.num_storage_tokens, num_channels=self.num_channels)  # fmt: skip
         if self.dim < 1 or self.num_heads < 1 or self.depth < 1:
             raise ValueError(
-                f"dim {self.dim}, depth {self.depth}, num_heads {self.num_heads}: they are at least 1"
+                f"dim {self.dim}, depth {self.depth}, num_heads {self.num_heads}: each must be at least 1"
             )
         if self.dim % (4 * self.num_heads):
             raise ValueError(f"dim {self.dim} is not a multiple of 4 x num_heads = {4 * self.num_heads}")
         if self.ffn not in ("mlp", "swiglu"):
-            raise ValueError(f"ffn is {self.ffn!r}; it is 'mlp' or 'swiglu'")
+            raise ValueError(f"ffn is {self.ffn!r}; it must be 'mlp' or 'swiglu'")
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
+            raise ValueError(f"drop_path is {self.drop_path}; it must be in [0, 1)")
         if self.rope_rescale is not None and self.rope_rescale < 1:
-            raise ValueError(f"rope_rescale is {self.rope_rescale}; it is at least 1, or null for none")
+            raise ValueError(
+                f"rope_rescale is {self.rope_rescale}; it must be at least 1, or null for no rescaling"
+            )
         if self.key_bias and not self.qkv_bias:
             raise ValueError("key_bias needs qkv_bias: set qkv_bias to true, or leave key_bias out")
         if self.patch_size < 1 or self.num_storage_tokens < 0 or self.norm_eps <= 0:
             raise ValueError(
                 f"patch_size {self.patch_size}, num_storage_tokens {self.num_storage_tokens}, norm_eps "
-                f"{self.norm_eps}: they are at least 1, at least 0, and above 0"
+                f"{self.norm_eps}: they must be at least 1, at least 0, and above 0"
             )
         _check_channels(self.num_channels)
 
@@ -127,7 +129,7 @@ class ConvNeXtConfig:
                 f"depths {self.depths}, dims {self.dims}: need four stages of at least one block"
             )
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
+            raise ValueError(f"drop_path is {self.drop_path}; it must be in [0, 1)")
 
 
 def record(config: ViTConfig | ConvNeXtConfig) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float) ->
         if not any(_is_meant(name, target) for name in found):
             ends = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(
-                f"no linear layer is meant by the target {target!r}; layers are called {', '.join(ends) or 'nothing'}"
+                f"no linear layer matches the target {target!r}; layers are called {', '.join(ends) or 'nothing'}"
             )
     for name, layer in found.items():
         side = min(layer.weight.shape)

@@ -114,7 +114,7 @@ def timm_network(
         raise ValueError(f"timm does not give {name!r}: {type(error).__name__}: {error}") from error
     if blocks is not None:
         if not hasattr(net, "blocks") or not hasattr(net, "forward_intermediates"):
-            raise ValueError(f"timm's {name} is no transformer with blocks to choose from")
+            raise ValueError(f"timm's {name} is not a transformer with blocks to choose from")
         indices = blocks.indices(len(net.blocks))
         return Network(net, {"call": partial(_of_timm, net, indices)})
     # As its forward, so that a call of the network runs the hooks by which ZeRO-3 fetches its weights.
@@ -178,7 +178,7 @@ def transformers_network(
         return Network(net, known | ({} if call is net else {"call": call}))
     num_blocks = getattr(net.config, "num_hidden_layers", None)
     if not isinstance(patch, int) or not isinstance(num_blocks, int):
-        raise ValueError(f"transformers' {shown} is no transformer with blocks to choose from")
+        raise ValueError(f"transformers' {shown} is not a transformer with blocks to choose from")
     indices = blocks.indices(num_blocks)
     norm = next(
         (found for each in _NORMS if isinstance(found := getattr(net, each, None), nn.LayerNorm)), None

@@ -70,7 +70,7 @@ def set_stats(tower: nn.Module, mean: Any, std: Any) -> None:
     num = num_channels_of(tower)
     stats = PixelStats(_channels("mean", mean or MEAN, num), _channels("std", std or STD, num))
     if min(stats.std) <= 0:
-        raise ValueError(f"std is {list(stats.std)}; it is above 0")
+        raise ValueError(f"std is {list(stats.std)}; it must be above 0")
     setattr(tower, _STATS, stats)
 
 
@@ -91,7 +91,7 @@ def widened(weight_OCHW: Tensor, num_channels: int) -> Tensor:
 
 
 def _channels(name: str, values: Any, num: int) -> tuple[float, ...]:
-    wanted = f"it is a list of {num} numbers, one for each channel"
+    wanted = f"it must be a list of {num} numbers, one for each channel"
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != num:
         raise ValueError(f"{name} is {values!r:.80}; {wanted}")
     for value in values:

@@ -160,10 +160,10 @@ def head_of(record: Mapping[str, Any], dim: int, num_classes: int) -> nn.Module:
         least = 0 if name == "num_doublings" else 1
         if isinstance(value, bool) or (isinstance(value, int) and not least <= value <= most):
             raise ValueError(
-                f"{name} of the head is {value!r:.40}; it is a whole number from {least} to {most}"
+                f"{name} of the head is {value!r:.40}; it must be a whole number from {least} to {most}"
             )
     if isinstance(record.get("width"), int) and record["width"] % _GROUP:
-        raise ValueError(f"width of the head is {record['width']}; it is a multiple of {_GROUP}")
+        raise ValueError(f"width of the head is {record['width']}; it must be a multiple of {_GROUP}")
     if num_classes < 1 and record.get("type") != "depth":
         raise ValueError("the head has no classes")
     match record:

@@ -190,7 +190,7 @@ def embed(model: Backbone, image: ImageLike, size: int) -> Tensor:
         size: pixels a side; a multiple of `model.patch_size`.
 
     Raises:
-        ValueError: `size` does not fit the patch, or the array is no RGB image.
+        ValueError: `size` does not fit the patch, or the array is not an RGB image.
     """
     device = next(model.parameters()).device
     features: BackboneFeatures = model(preprocess(image, size, model).to(device))
@@ -250,7 +250,7 @@ def read_config(record: Mapping[str, Any]) -> Config:
         _OWN,
     ):
         raise ValueError(
-            f"architecture {record.get('architecture')!r:.40}: it is 'vit' or 'convnext', with its `config`"
+            f"architecture {record.get('architecture')!r:.40}: it must be 'vit' or 'convnext', with its `config`"
         )
     # JSON has no tuples, and the configs compare and hash by their fields.
     values: dict[str, Any] = {

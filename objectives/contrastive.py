@@ -66,7 +66,7 @@ def contrast(image_BD: Tensor, text_BD: Tensor, scale: Tensor | float, ring: Rin
         ValueError: the numbers of images and texts differ.
     """
     if image_BD.shape != text_BD.shape:
-        raise ValueError(f"images {tuple(image_BD.shape)} and texts {tuple(text_BD.shape)} are no pairs")
+        raise ValueError(f"images {tuple(image_BD.shape)} and texts {tuple(text_BD.shape)} are not pairs")
     with torch.autocast(image_BD.device.type, enabled=False):
         image_BD, text_BD = _unit(image_BD), _unit(text_BD)
         scale = torch.as_tensor(scale, dtype=image_BD.dtype, device=image_BD.device)

@@ -66,7 +66,7 @@ def matched(
     distance_QM = torch.cdist(boxes_Q4.float(), true_M4.float(), p=1)
     overlap_QM = generalised_iou(corners(boxes_Q4.float()), corners(true_M4.float()))
     cost = weights.l1 * distance_QM - weights.classes * probability_QM - weights.giou * overlap_QM
-    # Of predictions that are no numbers the loss is none either, which training knows how to tell.
+    # Of predictions that are not numbers the loss is none either, which training knows how to tell.
     rows, objects = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
     return rows, objects
 

@@ -167,7 +167,7 @@ def plan(
 def _path(given: object) -> Path:
     """Raises UserError unless `given` is a path."""
     if not isinstance(given, (str, os.PathLike)):
-        raise UserError(f"this is no path: {shortened(repr(given), 80)}")
+        raise UserError(f"this is not a path: {shortened(repr(given), 80)}")
     return Path(given)
 
 
@@ -192,5 +192,5 @@ def _names(what: str, given: object) -> tuple[str, ...]:
     """Names of stages: one text, or a list or tuple of them."""
     names = (given,) if isinstance(given, str) else given
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"`{what}` is no name of a stage: {shortened(repr(given), 100)}")
+        raise UserError(f"`{what}` is not the name of a stage: {shortened(repr(given), 100)}")
     return tuple(names)

@@ -106,7 +106,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 class TerminatedError(BaseException):
-    """SIGTERM came. Like KeyboardInterrupt it is no Exception, so that nobody takes it for a failure."""
+    """SIGTERM came. Like KeyboardInterrupt it is not an Exception, so that nobody takes it for a failure."""
 
 
 def printable(error: Exception) -> Exception:

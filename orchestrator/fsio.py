@@ -221,7 +221,7 @@ def _sync(path: Path) -> None:
 
 
 class NotAFileError(OSError, ValueError):
-    """Something has the name that is no regular file: a pipe, a device, or a link where none belongs.
+    """Something has the name that is not a regular file: a pipe, a device, or a link where none belongs.
 
     It is a ValueError too: what should be a record is damaged.
     """

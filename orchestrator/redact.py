@@ -24,7 +24,7 @@ HIDDEN = "***"
 # the next address begins, or is bounded, or is measured once for all addresses of a word. Schemes, users and passwords
 # without spaces have no bound: beyond one they would be shown.
 _SCHEME_END = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,60}\Z")
-# A port before a path is no password, but where one word before it is likelier to be a user.
+# A port before a path is not a password, but where one word before it is likelier to be a user.
 _NO_PORT = r"(?!\d{1,20}(?:[/?#'\",;)\]}>\s]|$))"
 _USER_AND_PORT = r"(?!localhost:)[^\s/?#@.:'\"]++:\d{1,20}/"
 # An address: up to the @, or to where the password begins. That may have a slash in it: no valid address, and common.
@@ -101,7 +101,7 @@ _NUMBER = re.compile(r"[\d.,_eE+\-]{1,15}[%a-z/]{0,5}[.:]?")
 _VARIABLE = re.compile(
     r"passw(or)?d|passphrase|token|secret|credential|api_?key|access_?key|_pass$|_pwd$", re.IGNORECASE
 )
-# These names are common for other things, too: a path or a word is no secret in them.
+# These names are common for other things, too: a path or a word is not a secret in them.
 _MAYBE_VARIABLE = re.compile(r"private_?key|_key$|^pat$|_pat$|_credentials$|_pwd$", re.IGNORECASE)
 _PATH = re.compile(
     r"(?:~|\.{1,2})?(?:/[\w.\- ]+)+/?|[A-Za-z]:[\\/][^\n\"{]*"

@@ -21,7 +21,7 @@ def is_path(name: str) -> bool:
 
 
 def registered(group: str) -> tuple[tuple[str, str], ...]:
-    """Names of a group, such as `models`, with the import paths that they stand for; what is no path is left out."""
+    """Names of a group, such as `models`, with the import paths that they stand for; what is not a path is left out."""
     found = []
     for item in os.environ.get(REGISTERED, "").split():
         key, _, path = item.partition("=")

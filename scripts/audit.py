@@ -75,7 +75,7 @@ def allowed(text: str) -> list[Allowed]:
     """The entries of the file's `text`.
 
     Raises:
-        BrokenError: it is no TOML, or an entry lacks its id, reason or date.
+        BrokenError: it is not TOML, or an entry lacks its id, reason or date.
     """
     try:
         entries = tomllib.loads(text).get("allow", [])
@@ -84,7 +84,9 @@ def allowed(text: str) -> list[Allowed]:
         raise BrokenError(f"{ALLOWED.name}: each [[allow]] has id, reason and until: {error}") from None
     for one in found:
         if not one.id or not str(one.reason).strip() or type(one.until) is not datetime.date:
-            raise BrokenError(f"{ALLOWED.name}: {one.id or 'an entry'} has no reason, or `until` is no date")
+            raise BrokenError(
+                f"{ALLOWED.name}: {one.id or 'an entry'} has no reason, or `until` is not a date"
+            )
     return found
 
 

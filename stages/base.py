@@ -219,7 +219,7 @@ class Stage(StageSpec):
     """Components of the index that this kind makes; none if it makes no index."""
     # Whether its checkpoints have a model to score; see `checkpointed`.
     watched: ClassVar[bool] = False
-    # Whether it changes something outside the store. That is no artifact, so it is compared on each run: `drift`.
+    # Whether it changes something outside the store. That is not an artifact, so it is compared on each run: `drift`.
     effects: ClassVar[bool] = False
 
     def made_components(self) -> tuple[str, ...]:

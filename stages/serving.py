@@ -46,7 +46,7 @@ class Embedder:
             params: none are known.
 
         Raises:
-            ValueError: there is no such column, or a cell that is no picture.
+            ValueError: there is no such column, or a cell that is not a picture.
         """
         try:
             cells = list(model_input["image"])

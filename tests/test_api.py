@@ -166,8 +166,8 @@ def test_what_cannot_be_loaded_or_embedded_is_a_user_error(folder: Path) -> None
     for expected, call in (
         ("no model can be loaded", lambda: orchestrator.load("nowhere")),
         ("no model can be loaded", lambda: orchestrator.load("photos")),
-        ("this is no image", lambda: orchestrator.embed(model, "photos/none.png")),
-        ("this is no image", lambda: orchestrator.embed(model, "photos/missing.png")),
+        ("this is not an image", lambda: orchestrator.embed(model, "photos/none.png")),
+        ("this is not an image", lambda: orchestrator.embed(model, "photos/missing.png")),
         ("patches of 8 pixels do not fill 20", lambda: orchestrator.embed(model, "photos/0.png", size=20)),
         ("not known at which size", lambda: orchestrator.embed(model.module, "photos/0.png")),
         ("no text tower", lambda: orchestrator.embed(model, texts=["a photo"])),
@@ -218,7 +218,7 @@ def test_weights_that_are_cut_are_one_error(model: Path, keep: int) -> None:
         orchestrator.load(model)
 
 
-@pytest.mark.parametrize("image", [5, b"x", [[1, 2]], (one for one in []), np.zeros((0, 0, 3), np.uint8)])
+@pytest.mark.parametrize("image", [5, b"x", [[1, 2]], (one for one in ""), np.zeros((0, 0, 3), np.uint8)])
 def test_what_is_no_image_is_one_error(model: Path, image: object) -> None:
     with pytest.raises(UserError):
         orchestrator.embed(model, image, size=32)  # type: ignore[arg-type]
@@ -226,7 +226,7 @@ def test_what_is_no_image_is_one_error(model: Path, image: object) -> None:
 
 def test_a_pipe_is_not_waited_for(model: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(UserError, match="no image"):
+    with pytest.raises(UserError, match="not an image"):
         orchestrator.embed(model, tmp_path / "pipe.jpg", size=32)
 
 
@@ -252,7 +252,7 @@ def test_numbers_that_cannot_work_are_refused(model: Path, wrong: dict[str, Any]
     "how", [{"only": 5}, {"only": None}, {"only": [None]}, {"first": 5}, {"last": b"x"}, {"force": {1: 2}}]
 )
 def test_names_that_are_none_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="no name of a stage"):
+    with pytest.raises(UserError, match="not the name of a stage"):
         orchestrator.plan(tmp_path / "p.yaml", **how)
     with pytest.raises(UserError, match="an override is a text"):
         orchestrator.plan(tmp_path / "p.yaml", 5)  # type: ignore[arg-type]
@@ -260,9 +260,9 @@ def test_names_that_are_none_are_refused(tmp_path: Path, how: dict[str, Any]) ->
 
 @pytest.mark.parametrize("value", [5, None, [1], b"x"])
 def test_what_is_no_path_is_one_error(value: Any) -> None:
-    with pytest.raises(UserError, match="no path"):
+    with pytest.raises(UserError, match="not a path"):
         orchestrator.load(value)
-    with pytest.raises(UserError, match="no path"):
+    with pytest.raises(UserError, match="not a path"):
         orchestrator.plan(value)
-    with pytest.raises(UserError, match="no model"):
+    with pytest.raises(UserError, match="not a model"):
         orchestrator.embed(value, np.zeros((32, 32, 3), np.uint8), size=32)

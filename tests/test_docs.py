@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import json
 import re
 import subprocess
+import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -26,6 +30,8 @@ from pages import (
 from pydantic import BaseModel, ValidationError, create_model
 from typer.testing import CliRunner
 
+import orchestrator
+from orchestrator import installed
 from orchestrator.cli import app
 from orchestrator.config import yaml_source
 from orchestrator.config.elastic import Elastic
@@ -34,6 +40,8 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
 from orchestrator.reference.model_table import model_rows
 from orchestrator.reference.page import reference, sections
+from orchestrator.simulation.costs import read_costs
+from orchestrator.simulation.trace_file import read_trace
 from orchestrator.stages import AnyStage
 from orchestrator.stages.align_text.config import AlignText
 from orchestrator.stages.base import TrainStage
@@ -109,8 +117,77 @@ def test_every_key_has_a_description_that_stands_alone(model: type[BaseModel]) -
             continue  # narrowed to one word
         said = field.description or ""
         assert len(said.split()) >= 3, f"{name} has no description"
-        assert said[0].isupper() or said[0] in "`∞", f"{name}: {said!r} is no sentence"
-        assert said.endswith("."), f"{name}: {said!r} is no sentence"
+        assert said[0].isupper() or said[0] in "`∞", f"{name}: {said!r} is not a sentence"
+        assert said.endswith("."), f"{name}: {said!r} is not a sentence"
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------
+
+
+def fenced(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each block between fences."""
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), flags=re.S | re.M)
+
+
+def indented(page: Path) -> list[str]:
+    """The blocks that are indented instead."""
+    return re.findall(r"(?:\A|\n\n)((?: {4,}.*(?:\n|\Z)|\n(?= {4}))+)", prose(page))
+
+
+@each_page()
+def test_every_block_names_its_language(page: Path) -> None:
+    """A block without one is neither loaded nor run by a test."""
+    for language, text in fenced(page):
+        assert language in {"console", "json", "python", "sh", "text", "toml", "yaml"}, text
+
+
+@each_page(LIVING)
+def test_no_part_of_a_pipeline_file_is_in_another_block(page: Path) -> None:
+    for text in [*indented(page), *(text for language, text in fenced(page) if language == "text")]:
+        try:
+            found = yaml.safe_load(textwrap.dedent(text))
+        except yaml.YAMLError:
+            continue
+        if isinstance(found, dict):
+            kinds = [value for value in found.values() if isinstance(value, dict) and "kind" in value]
+            assert not kinds, text
+            assert ALL_KEYS.isdisjoint(found), text
+
+
+@each_page(LIVING)
+def test_json_toml_and_python_blocks_are_such(page: Path) -> None:
+    """Python's names of this package exist; a block may hold several JSON values."""
+    for language, text in fenced(page):
+        if language == "json":
+            rest = text.strip()
+            while rest:
+                rest = rest[json.JSONDecoder().raw_decode(rest)[1] :].lstrip()
+        elif language == "toml":
+            tomllib.loads(text)
+        elif language == "python":
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orchestrator"):
+                    module = importlib.import_module(str(node.module))
+                    assert all(hasattr(module, one.name) for one in node.names), text
+                named = node.value if isinstance(node, ast.Attribute) else None
+                if (
+                    isinstance(node, ast.Attribute)
+                    and isinstance(named, ast.Name)
+                    and named.id == "orchestrator"
+                ):
+                    assert node.attr in orchestrator.__all__, f"{page.name}: orchestrator.{node.attr}"
+
+
+def test_traces_and_costs_of_the_pages_are_read(tmp_path: Path) -> None:
+    readers = {
+        "orchestrator-trace": read_trace,
+        "orchestrator-costs": lambda path: read_costs(path, ("pretrain", "distill")),
+    }
+    found = [text for language, text in fenced(ROOT / "docs" / "traces.md") if language == "json"]
+    assert {json.loads(text)["format"] for text in found} == readers.keys()
+    for text in found:
+        (tmp_path / "read.json").write_text(text)
+        readers[json.loads(text)["format"]](tmp_path / "read.json")
 
 
 # --- keys -------------------------------------------------------------------------------------------------------
@@ -118,12 +195,23 @@ def test_every_key_has_a_description_that_stands_alone(model: type[BaseModel]) -
 
 def blocks() -> Iterator[Any]:
     for page in PAGES:
-        found = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), flags=re.S | re.M)
-        for number, text in enumerate(found):
+        for number, text in enumerate(text for language, text in fenced(page) if language == "yaml"):
             yield pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
 
 
+@pytest.fixture
+def own_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package in examples/ is there, with the name of its metric."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setenv(installed.REGISTERED, "metrics/effective_rank=field_kit.metric:EffectiveRank")
+    installed.forget()
+    yield
+    monkeypatch.undo()
+    installed.forget()
+
+
 @pytest.mark.parametrize("text", list(blocks()))
+@pytest.mark.usefixtures("own_package")
 def test_every_yaml_block_is_loaded(text: str, tmp_path: Path) -> None:
     """A whole pipeline file as it is; a part of one within the sample file."""
     path = tmp_path / "pipeline.yaml"
@@ -133,14 +221,17 @@ def test_every_yaml_block_is_loaded(text: str, tmp_path: Path) -> None:
         load(path, needs_data=False)
         return
     for key, value in data.items():
-        refusals = []
+        refusals: list[str] = []
         for whole in completed(key, value):
             path.write_text(yaml.safe_dump(whole))
             try:
-                load(path, needs_data=False)
-                break
+                mistakes = load(path, needs_data=False, gather=True).mistakes
             except UserError as error:
-                refusals.append(str(error))
+                mistakes = (error,)
+            # Data sets of metrics are looked at in any case, and are not here.
+            if all(re.search(r"metrics\.\d+\.data$", str(error.where)) for error in mistakes):
+                break
+            refusals += map(str, mistakes)
         else:
             pytest.fail(f"no pipeline takes {key}: {value}\n" + "\n".join(refusals))
 
@@ -281,7 +372,7 @@ def test_messages_that_are_explained_are_still_in_the_code() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     headings = re.findall(r"^### `(.*)`$", page, flags=re.M)
     assert len(headings) >= 30
-    assert len(headings) == len(re.findall(r"^### ", page, flags=re.M)), "a heading is no message"
+    assert len(headings) == len(re.findall(r"^### ", page, flags=re.M)), "a heading is not a message"
     said = messages()
     for heading in headings:
         pattern = f"[^{_BETWEEN}]+?".join(map(re.escape, heading.strip("…").split("…")))

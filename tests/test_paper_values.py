@@ -90,7 +90,7 @@ def leaves(value: Any, path: str, *, written: bool) -> Iterator[tuple[str, Any]]
 
 
 def quantities(file: str, *, written: bool = False) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, stage in stages(file).items():
         if isinstance(stage, Distill) and not written:
             # What a student does not say is the stage's.
@@ -159,7 +159,7 @@ def test_every_deviation_is_in_the_docs_and_every_value_has_a_source() -> None:
 
 
 def test_a_rate_that_was_not_scaled_would_be_found() -> None:
-    """The test tests: raw rates, other ramps and other decays are no published values."""
+    """The test tests: raw rates, other ramps and other decays are not published values."""
     (peak,) = [row for row in of_file("vitl_imagenet") if row.key.endswith("optimizer.lr.peak")]
     assert equal(5.6569e-3, peak.value)
     assert not equal(1e-3, peak.value)

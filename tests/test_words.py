@@ -56,6 +56,11 @@ BETTER = {
     r"(of|than) ours": "of this package, than this package",
     r"no longer than": "at most",
     r"and is none": "but is not one",
+    r"belongs? into": "belongs in",
+    r"as ever": "as before, unchanged",
+    r"to go on with": "to continue with, that continues",
+    r"(?-i:Of) (an?|several)": "With, For or In a …, at the start of a sentence",
+    r"(?<!here\s)(is|are) no (?!longer\b|more\b|less\b|better\b|reason\b|limit\b|remedy\b|recovery\b)\w+": "is not a …",
     r"(one( row| question)?|an? \w+) a (line|row|column|folder|student|machine|picture|photo|step)": "one … per",
 }
 _WORDS = re.compile(r"\b(" + "|".join(BETTER).replace(" ", r"\s+") + r")\b", re.IGNORECASE)

@@ -140,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         # torch's own message says how to run what is in the file.
         raise ValueError(
-            f"{path} cannot be read as weights alone: it is damaged, or to read it would run code that is in it"
+            f"{path} cannot be read as weights alone: it is damaged, or reading it would run code that is in it"
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         said = str(error).partition("\n")[0] or type(error).__name__

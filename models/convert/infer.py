@@ -148,5 +148,5 @@ def _nearest_preset(kind: type[Config], told: Mapping[str, Any]) -> Config:
         if isinstance(config, kind) and all(getattr(config, name) == told[name] for name in decisive):
             return config
     if kind is ViTConfig and "num_heads" not in told:
-        raise ValueError(f"no preset is {told['dim']} wide and {told['depth']} deep: say num_heads=")
+        raise ValueError(f"no preset is {told['dim']} wide and {told['depth']} deep: set num_heads=")
     return kind()

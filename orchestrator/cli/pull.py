@@ -41,7 +41,7 @@ def pull(
         ),
     ] = None,
 ) -> None:
-    """Download a published model from the registry into a folder, in a format of choice."""
+    """Download a published model from the registry into a folder, in the format that you choose."""
     if format_ == "safetensors":
         from orchestrator.tracking.download import fetch
 

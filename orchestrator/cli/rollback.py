@@ -14,7 +14,7 @@ def rollback(
         str,
         typer.Argument(
             metavar="NAME[@ALIAS]",
-            help="The registered model; of a bare NAME the champion.",
+            help="The registered model and its alias. NAME alone means NAME@champion.",
             show_default=False,
         ),
     ],
@@ -29,7 +29,7 @@ def rollback(
         ),
     ] = None,
     alias: Annotated[
-        str | None, typer.Option(help="The alias, in place of NAME@ALIAS.", show_default=False)
+        str | None, typer.Option(help="The alias, if it is not part of the name.", show_default=False)
     ] = None,
     tracking: Annotated[
         str,

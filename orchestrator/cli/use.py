@@ -126,7 +126,7 @@ def _print_account(terminal: Console, found: Embedded) -> None:
         for item in found.unreadable[:_UNREADABLE_SHOWN]:
             terminal.print(Text(f"  {item.path}: {item.reason}", "bright_black"), soft_wrap=True)
     if found.left_out:
-        count = numbered(len(found.left_out), "other file is no image", "other files are no images")
+        count = numbered(len(found.left_out), "other file is not an image", "other files are not images")
         text = f"  {count}: {by_reason(found.left_out)}"
         terminal.print(Text(text, "bright_black"), soft_wrap=True)
 

@@ -23,8 +23,8 @@ MetricNames = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="A metric to compute of each backbone. Can be repeated. Default: knn. A finetune stage has the "
-        "figures of its task.",
+        help="A metric to compute for each backbone. Can be repeated. Default: knn. A finetune stage is scored by "
+        "the metrics of its task instead.",
         show_default=False,
     ),
 ]
@@ -32,8 +32,8 @@ ChosenBy = Annotated[
     str | None,
     typer.Option(
         metavar="METRIC[/FIGURE]",
-        help="The figure by which the best checkpoint is chosen. Default: the first one, or that by which a "
-        "finetune stage chooses.",
+        help="The figure by which the best checkpoint is chosen. Default: the first metric's, or for a finetune "
+        "stage the one by which the stage itself chooses.",
         show_default=False,
     ),
 ]
@@ -41,8 +41,8 @@ KeptIn = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="The folder that the best model so far is written into. Each of several students has a folder of its "
-        "own in it.",
+        help="The folder that the best model so far is written into. With several students, each has its own "
+        "subfolder.",
         show_default=False,
     ),
 ]
@@ -50,8 +50,8 @@ RegisteredAs = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="The registered model that gets the best model so far as a new version. Of several students each has "
-        "its own: NAME-STUDENT.",
+        help="The registered model that gets each new best model as a version. With several students, each has its "
+        "own: NAME-STUDENT.",
         show_default=False,
     ),
 ]
@@ -59,8 +59,8 @@ Alias = Annotated[
     str | None,
     typer.Option(
         metavar="ALIAS",
-        help="The alias that moves to each better version, with --register. Default: best-so-far. Those that "
-        "`publish` or anybody else sets are left alone.",
+        help="The alias that moves to each better version, with --register. Default: best-so-far. Aliases that "
+        "`publish` or another program sets are refused.",
         show_default=False,
     ),
 ]
@@ -73,7 +73,7 @@ def watch(
     metric: MetricNames = None,
     by: ChosenBy = None,
     every: Annotated[
-        float, typer.Option(help="The time between two looks for new checkpoints, in seconds.", min=0.1)
+        float, typer.Option(help="The time between two checks for new checkpoints, in seconds.", min=0.1)
     ] = 10.0,
     keep: KeptIn = None,
     register: RegisteredAs = None,
@@ -84,9 +84,9 @@ def watch(
 ) -> None:
     """Score the checkpoints of a stage while it trains, and say which is the best.
 
-    The figures of backbones are of the photos with labels, each judged by all others. Those of a fine-tuned model are
-    of its validation split. They are also metrics of a run in MLflow. The command ends when the stage is done or nobody
-    runs it any more.
+    Backbones are scored on the photos with labels, each judged by all others. Fine-tuned models are scored on their
+    validation split. The figures are also logged to MLflow, in a run of their own. The command ends when the stage is
+    done, or when nobody runs it any more.
     """
     from rich.text import Text
 

@@ -109,7 +109,7 @@ class MaskData(Settings):
 
 
 class DepthData(Settings):
-    """Pictures with depth: a PNG of 16 bits of the same size and name. 0 is a pixel without depth."""
+    """Pictures with depth maps: 16-bit PNGs of the pictures' sizes and names. 0 marks a pixel without depth."""
 
     path: LocalPath = Field(
         description="The folder of the dataset, with `images/` and `depth/`, or the .mat file with `nyuv2`."

@@ -19,7 +19,7 @@ _Spread = Annotated[float, Field(gt=0, le=10)]
 class PixelFormat(Settings):
     """The bands of a dataset's files, their range of values, and the mean and deviation that models normalize with.
 
-    The same for all files of a dataset: no file is stretched by what happens to be in it.
+    All files of a dataset are read in the same way: no file is rescaled by its own minimum and maximum.
     """
 
     bands: tuple[_Band, ...] | None = Field(

@@ -129,24 +129,31 @@ class Optimizer(Settings):
     lr: Schedule = Field(
         description="The learning rate by step. It is used as given and is not scaled by the batch size."
     )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="The decay rates of AdamW's two moments.")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.99),
+        description="The decay rates of AdamW's two moments (DINOv3's published code: 0.9 and 0.99).",
+    )
     weight_decay: Decay = Field(
         Schedule(peak=0.04),
-        description="AdamW's decoupled weight decay by step. Vectors and scalars are not decayed.",
+        description="AdamW's decoupled weight decay by step (DINOv3's published code: 0.04). Vectors and scalars are "
+        "not decayed.",
     )
     clip_norm: float | None = Field(
         30.0,
         gt=0,
         description="The maximum gradient norm of each submodule (the backbone, each head). Larger gradients are "
-        "scaled down to it; null turns clipping off.",
+        "scaled down to it; null turns clipping off (DINOv3's published code: 30).",
     )
     layer_decay: float = Field(
         0.98,
         gt=0,
         le=1,
         description="The layer-wise learning rate decay: the factor on the learning rate for each layer further from "
-        "the output. 1 turns it off.",
+        "the output (DINOv3's published code: 0.98). 1 turns it off.",
     )
     patch_embed_scale: float = Field(
-        0.2, gt=0, description="An extra factor on the learning rate of the patch embedding. 1 turns it off."
+        0.2,
+        gt=0,
+        description="An extra factor on the learning rate of the patch embedding (DINOv3's published code: 0.2). 1 "
+        "turns it off.",
     )

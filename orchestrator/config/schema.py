@@ -42,7 +42,7 @@ MAX_PIXELS = 120_000_000
 
 
 class DataSource(Settings):
-    """A folder of images, with an optional table of captions and labels, or of all that belongs to it."""
+    """A dataset: a folder of images with an optional table of captions and labels, or a manifest of images."""
 
     path: LocalPath = Field(
         description="The folder of images, or `s3://bucket/prefix`. Subfolders are searched, too, unless a `manifest` "
@@ -62,8 +62,8 @@ class DataSource(Settings):
     )
     labels: Literal["folders"] | None = Field(
         None,
-        description="With `folders`, images without a label in a table have the name of the first folder below `path` "
-        "that they are in. Default: only tables give labels.",
+        description="The source of labels besides tables. With `folders`, an image that no table labels gets the name "
+        "of the first folder below `path` that it is in. Default: only tables give labels.",
     )
     captions: LocalPath | None = Field(
         None,
@@ -88,8 +88,8 @@ class DataSource(Settings):
         ge=0,
         le=1,
         description="The maximum share of the dataset's pictures that may be left out because their format, their "
-        "size or damage makes them unreadable, from 0 to 1. With more, nothing runs: the error names them and asks "
-        "whether that is meant. Hidden files, duplicates, texts and tables do not count.",
+        "size or damage makes them unreadable, from 0 to 1. Above this share nothing runs, and the error names the "
+        "pictures. Hidden files, duplicates, texts and tables do not count.",
     )
     licence: str | None = operational(
         None,
@@ -178,7 +178,8 @@ class Hardware(Settings):
     peak_tflops: float = Field(
         989.0,
         gt=0,
-        description="The dense bf16 peak of one accelerator, in TFLOP/s (10¹² operations per second).",
+        description="The dense bf16 peak of one accelerator, in TFLOP/s (10¹² operations per second). 989 is that of "
+        "the H100 SXM in NVIDIA's data sheet.",
     )
     memory_gib: float = Field(80.0, gt=0, description="The memory of one accelerator, in GiB.")
     mfu: float = Field(

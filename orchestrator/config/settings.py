@@ -112,7 +112,7 @@ def _bound(schema: Any) -> None:
         schema.update(core_schema.no_info_before_validator_function(_NoBoolean(inside), inside))
         return
     for name, inner in schema.items():
-        # What is in `metadata` or a default is no schema.
+        # What is in `metadata` or a default is not a schema.
         if name in (
             "schema",
             "fields",
@@ -141,7 +141,7 @@ class Strict(BaseModel):
 class Settings(Strict):
     """What users write: every number in it, at any depth, is finite and has bounds, its field's own or these here.
 
-    `true` and `false` are no numbers, nor are numbers `true` and `false`.
+    `true` and `false` are not numbers, nor are numbers `true` and `false`.
     """
 
     @classmethod

@@ -150,7 +150,7 @@ def _bad_value(
         what += f", not {show(value)}"
     hint = f"did you mean {close!r}?" if close else None
     if known and value is None:
-        what = f"{name}: null is no value here: it {' or '.join(message for message in messages)}"
+        what = f"{name}: null is not a value here: it {' or '.join(message for message in messages)}"
         hint = _hint_null(path, model, document)
     elif any(details["type"] == "bool_type" for details in group) and value in (0, 1):
         hint = f"write {str(bool(value)).lower()}"

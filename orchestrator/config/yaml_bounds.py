@@ -36,7 +36,7 @@ def check_size(text: str, where: str) -> None:
 
     Raises:
         UserError: too many values, too deep a nesting, or a number of too many digits, with its line.
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []

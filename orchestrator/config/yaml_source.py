@@ -58,7 +58,7 @@ class Document:
         """`file:line  key.path = value`, by the nearest enclosing key path that was written down.
 
         Args:
-            value: whether the value is shown, if it is no secret; an override is shown with or without its own.
+            value: whether the value is shown, if it is not a secret; an override is shown with or without its own.
         """
 
         def override(written: str) -> str:
@@ -388,7 +388,7 @@ def _apply(document: Document, override: str) -> None:
             where="command line",
             hint="write key.path=value, e.g. seed=1",
         )
-    # Of a value that is no YAML nobody knows whether it holds a secret.
+    # Of a value that is not YAML nobody knows whether it holds a secret.
     without_value = f"command line `{name}=…`"
     try:
         check_size(text, without_value)

@@ -93,7 +93,7 @@ class BoxPictures:
                 if not isinstance(number, (int, str)) or number in by_id:
                     what = f"the id {shortened(repr(number), 40)} of the picture {picture.path} "
                     what += (
-                        "is that of another one, too" if isinstance(number, (int, str)) else "is no number"
+                        "is that of another one, too" if isinstance(number, (int, str)) else "is not a number"
                     )
                     raise UserError(what, where=str(path), hint="give each picture an `id` of its own")
                 by_id[number] = picture
@@ -138,7 +138,7 @@ class BoxPictures:
                     f"{picture.path} has {size[0]}x{size[1]} pixels, and its boxes are in "
                     f"{picture.width}x{picture.height}",
                     where=picture.where,
-                    hint="scale the boxes, or put the pictures back that they were drawn in",
+                    hint="scale the boxes, or restore the pictures that they were drawn in",
                 )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -177,7 +177,7 @@ class BoxPictures:
         if picture is None or not _is_whole(category) or category not in self.names:
             of = f"image {image!r}" if picture is None else f"category {category!r}"
             what = shortened(of, 80)
-            raise UserError(f"a box is of {what}, which is not there", where=str(path))
+            raise UserError(f"a box refers to {what}, which does not exist", where=str(path))
         numbers = corners if isinstance(corners, list) and len(corners) == 4 else [math.nan]
         if not all(_is_finite(each) for each in numbers):
             raise UserError(

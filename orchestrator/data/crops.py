@@ -41,7 +41,7 @@ def make_views(
     """All views of one photograph.
 
     Args:
-        image_HWC: uint8 RGB, or uint16; or C bands, which are no colours.
+        image_HWC: uint8 RGB, or uint16; or C bands, which are not colours.
         config: sizes and distortions.
         rng_for_view: the generator of each view: globals are views 0 to G-1, locals G to G+L-1.
         drawn_in: height and width of the photograph in which boxes are drawn; default: those of `image_HWC`. Views

@@ -1,7 +1,7 @@
-"""Distortions of views that are not 8-bit RGB: of 16 bits a channel, or of bands that are no colours.
+"""Distortions of views that are not 8-bit RGB: of 16 bits a channel, or of bands that are not colours.
 
 The operations and their draws are those of :mod:`orchestrator.data.crops`, in float32 on a scale from 0 to 1. Where the
-channels are no colours, however many there are, what only colours have is left out: saturation, hue and the conversion
+channels are not colours, however many there are, what only colours have is left out: saturation, hue and the conversion
 to grey; contrast is around the mean of the channels. Brightness and contrast draw one factor for all bands of a view,
 so that what bands say relative to each other stays. Blur and solarization are of each band.
 """

@@ -214,19 +214,19 @@ class DensePictures:
 
 
 def png_size(path: Path, is_depth: bool) -> tuple[int, int]:
-    """Width and height of a target; raises UserError for what is no PNG of one number for each pixel."""
+    """Width and height of a target; raises UserError for what is not a PNG of one number for each pixel."""
     try:
         with Image.open(path, formats=_PNG) as image:
             size, mode = image.size, image.mode
     except UnidentifiedImageError as error:
-        raise _unreadable(path, "it is no PNG") from error
+        raise _unreadable(path, "it is not a PNG") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, str(error)) from error
     if is_depth and mode in _FEW_BITS:
         raise UserError(
             f"the depth map is a picture of mode {mode}, whose pixels have 8 bits or fewer",
             where=str(path),
-            hint="save depth as a PNG of 16 bits in greys, not as it is coloured or brightened for the eye",
+            hint="save depth as a 16-bit grey PNG, not as a coloured or brightened picture for viewing",
         )
     if mode not in _MODES:
         raise UserError(

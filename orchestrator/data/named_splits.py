@@ -76,7 +76,7 @@ def split_of(
         where: key path of `split`, for messages.
 
     Raises:
-        UserError: a name that is no picture, folder, component or value; or one that is in two splits.
+        UserError: a name that is not a picture, folder, component or value; or one that is in two splits.
     """
     if split.by == "component":
         return _by_component(index, split, where)
@@ -92,7 +92,7 @@ def split_of(
         if not found:
             close = names.near(written)
             raise UserError(
-                f"{shortened(written, 200)!r} is no picture of the index",
+                f"{shortened(written, 200)!r} is not a picture of the index",
                 where=place,
                 hint=f"did you mean {close!r}?"
                 if close

@@ -56,7 +56,7 @@ def read_onnx(path: Path) -> OnnxGraph:
     """The graph of an ONNX model. Tensors of other types than float32, and data in other files, are left out.
 
     Raises:
-        ValueError: it is no ONNX model, or not a whole one.
+        ValueError: it is not an ONNX model, or not a whole one.
         OSError: it cannot be read.
     """
     try:
@@ -65,7 +65,7 @@ def read_onnx(path: Path) -> OnnxGraph:
             raise ValueError("it has no graph")
         return _graph(_message(graphs[0]))
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no ONNX model that can be read: {error}") from error
+        raise ValueError(f"{path} is not an ONNX model that can be read: {error}") from error
 
 
 def _graph(data: memoryview) -> OnnxGraph:

@@ -130,7 +130,7 @@ def read_cameras(path: Path, data: SceneData) -> list[View]:
     """The views of one scene by the names of their pictures.
 
     Raises:
-        UserError: the file cannot be read, a part is missing, or a pose is no rotation.
+        UserError: the file cannot be read, a part is missing, or a pose is not a rotation.
     """
     try:
         with open_regular(path) as file:
@@ -295,7 +295,7 @@ def _check_rotation(pose: Floats, name: str, path: Path) -> None:
     rotation = pose[:3, :3]
     if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3) or np.linalg.det(rotation) < 0:
         raise UserError(
-            f"the pose of {name!s:.80} is no rotation with a translation",
+            f"the pose of {name!s:.80} is not a rotation with a translation",
             where=str(path),
             hint="world_to_camera has a rotation of determinant 1 in its first three columns, and lengths in metres",
         )

@@ -94,7 +94,7 @@ class Splits:
             stop: called now and then; raises to stop.
 
         Raises:
-            UserError: a split without pictures, a name that is no picture, folder or value, a picture in two splits,
+            UserError: a split without pictures, a name that is not a picture, folder or value, a picture in two splits,
                 or two equal pictures in different splits.
         """
         known = files_of(folder)

@@ -23,57 +23,95 @@ MAX_VIEWS = 1024
 class CropConfig(Settings):
     """The crops of an image and their augmentations.
 
-    The defaults follow DINOv3 (arXiv 2508.10104), with colour jitter as in SimCLR (arXiv 2002.05709). Sizes are in
-    pixels, scales are shares of the image's area. The first global crop is always blurred and the others rarely, as in
-    the papers. DINOv3's published code does the opposite, which is `blur_probability: [0.0, 0.9]`.
+    The defaults follow DINOv3 (arXiv 2508.10104), with the kinds of colour jitter of SimCLR (arXiv 2002.05709). Sizes
+    are in pixels, scales are shares of the image's area. The first global crop is always blurred and the others rarely,
+    as in the papers. DINOv3's published code does the opposite, which is `blur_probability: [0.0, 0.9]`.
     """
 
-    global_size: Side = Field(256, description="The side of a global crop, in pixels.")
-    local_size: Side = Field(112, description="The side of a local crop, in pixels.")
-    num_global: int = Field(2, ge=1, le=MAX_VIEWS, description="The number of global crops per image.")
-    num_local: int = Field(8, ge=0, le=MAX_VIEWS, description="The number of local crops per image.")
+    global_size: Side = Field(
+        256, description="The side of a global crop, in pixels (DINOv3's published code: 256)."
+    )
+    local_size: Side = Field(
+        112, description="The side of a local crop, in pixels (DINOv3's published code: 112)."
+    )
+    num_global: int = Field(
+        2,
+        ge=1,
+        le=MAX_VIEWS,
+        description="The number of global crops per image (DINOv3, section 3.2: 2).",
+    )
+    num_local: int = Field(
+        8,
+        ge=0,
+        le=MAX_VIEWS,
+        description="The number of local crops per image (DINOv3, section 3.2: 8).",
+    )
     global_scale: Range = Field(
         (0.32, 1.0),
-        description="The minimum and maximum share of the image's area that a global crop covers, at most 1.",
+        description="The minimum and maximum share of the image's area that a global crop covers, at most 1 "
+        "(DINOv3's published code: 0.32 and 1).",
     )
     local_scale: Range = Field(
         (0.05, 0.32),
-        description="The minimum and maximum share of the image's area that a local crop covers, at most 1.",
+        description="The minimum and maximum share of the image's area that a local crop covers, at most 1 (DINOv3's "
+        "published code: 0.05 and 0.32).",
     )
     aspect: Range = Field(
         (3 / 4, 4 / 3),
-        description="The minimum and maximum aspect ratio (width / height) of a crop, sampled log-uniformly.",
+        description="The minimum and maximum aspect ratio (width / height) of a crop, sampled log-uniformly "
+        "(3/4 and 4/3, as in GoogLeNet, arXiv 1409.4842).",
     )
     flip: bool = Field(False, description="Whether views are flipped horizontally, with probability 0.5.")
     jitter_probability: Probability = Field(
         0.8,
-        description="The probability of colour jitter: a change of brightness, contrast, saturation and hue.",
+        description="The probability of colour jitter: a change of brightness, contrast, saturation and hue (DINOv3's "
+        "published code: 0.8).",
     )
-    brightness: float = Field(0.4, ge=0, le=1, description="The maximum relative change of brightness.")
-    contrast: float = Field(0.4, ge=0, le=1, description="The maximum relative change of contrast.")
-    saturation: float = Field(0.2, ge=0, le=1, description="The maximum relative change of saturation.")
+    brightness: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="The maximum relative change of brightness (DINOv3's published code: 0.4).",
+    )
+    contrast: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="The maximum relative change of contrast (DINOv3's published code: 0.4).",
+    )
+    saturation: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="The maximum relative change of saturation (DINOv3's published code: 0.2).",
+    )
     hue: float = Field(
         0.1,
         ge=0,
         le=0.5,
-        description="The maximum rotation of the hue, as a share of the colour circle.",
+        description="The maximum rotation of the hue, as a share of the colour circle (DINOv3's published code: 0.1).",
     )
     gray_probability: Probability = Field(
-        0.2, description="The probability that a view is converted to grayscale."
+        0.2,
+        description="The probability that a view is converted to grayscale (DINOv3's published code: 0.2).",
     )
     blur_probability: tuple[Probability, Probability] = Field(
         (1.0, 0.1),
-        description="The probability of Gaussian blur for the first global crop and for the other global crops.",
+        description="The probability of Gaussian blur for the first global crop and for the other global crops "
+        "(DINOv2, as DINOv3's paper says: 1 and 0.1).",
     )
     local_blur_probability: Probability = Field(
-        0.5, description="The probability of Gaussian blur for a local crop."
+        0.5, description="The probability of Gaussian blur for a local crop (DINOv3's published code: 0.5)."
     )
     blur_sigma: Range = Field(
         (0.1, 2.0),
-        description="The minimum and maximum standard deviation of Gaussian blur, in pixels of the finished view.",
+        description="The minimum and maximum standard deviation of Gaussian blur, in pixels of the finished view "
+        "(SimCLR, arXiv 2002.05709: 0.1 and 2).",
     )
     solarize_probability: Probability = Field(
-        0.2, description="The probability that the second global crop is solarized. Other views never are."
+        0.2,
+        description="The probability that the second global crop is solarized (DINOv3's published code: 0.2). Other "
+        "views never are.",
     )
     gram_size: Side | None = Field(
         None,

@@ -288,7 +288,7 @@ def metadata_client(cloud: Cloud, environ: Mapping[str, str] | None = None) -> M
     """A client of that cloud's service, at its address in the environment or else the cloud's own.
 
     Raises:
-        UserError: the address in the environment is no http address, or its seconds are no number.
+        UserError: the address in the environment is not an http address, or its seconds are not a number.
     """
     environ = os.environ if environ is None else environ
     url = environ.get(_variable(cloud)) or _LINK_LOCAL

@@ -170,7 +170,7 @@ class PreemptionAgents:
     of no known cloud is asked once. Use :func:`watch_for_preemption`, or `start` and `close`; `poll` is one round.
 
     Attributes:
-        clouds: by node id, what is watched on it; None where it is no machine of a known cloud.
+        clouds: by node id, what is watched on it; None where it is not a machine of a known cloud.
     """
 
     def __init__(self, notices: PreemptionNotices) -> None:

@@ -268,5 +268,5 @@ class JobScaling:
         elif self._ready_since is None:
             self._ready_since = now
             if self._short and self._restart_began is not None:
-                # The wait for machines is no part of what a restart takes.
+                # The wait for machines is not part of what a restart takes.
                 self._restart_began = now

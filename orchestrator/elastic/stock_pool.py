@@ -45,7 +45,7 @@ class StockPool:
         """`job` needs no room any more."""
         with self.lock:
             self.rules.withdraw(job, time.monotonic())
-            # Room that is no job's is free for slots of any shape.
+            # Room that is not a job's is free for slots of any shape.
             self.rules.lose([slot.name for slot in self.rules.slots.values() if slot.job is None])
 
     def acquire(self, job: str, names: Sequence[str]) -> list[SlotActor] | None:

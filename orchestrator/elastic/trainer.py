@@ -284,7 +284,7 @@ def _callbacks(paths: Sequence[str]) -> list[Any]:
     """Ray Train callbacks that a pipeline file names as `package.module:Class`.
 
     Raises:
-        UserError: one cannot be imported, or is no Ray Train callback.
+        UserError: one cannot be imported, or is not a Ray Train callback.
     """
     made = []
     for path in paths:

@@ -121,7 +121,7 @@ class WorkerPool(Generic[Shape]):
         self.release(job, now)
         if demand is None:
             return []
-        # One on a node that is about to go is no surplus, nor is the one that was requested in its place.
+        # One on a node that is about to go is not surplus, nor is the one that was requested in its place.
         surplus = self._count(demand.shape).staying - self._demanded(demand.shape)
         if surplus <= 0:
             return []

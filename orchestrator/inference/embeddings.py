@@ -77,7 +77,7 @@ class EmbeddingsWriter:
             width = vectors_ND.shape[1]
             self._group_rows = self._group_rows or max(1, _GROUP_BYTES // (4 * width))
             self._writer = pq.ParquetWriter(
-                # Vectors do not compress, and are no dictionary.
+                # Vectors do not compress, and are not a dictionary.
                 self._path, schema_of(width), compression="none", use_dictionary=False,
             )  # fmt: skip
         self._files += files
@@ -200,19 +200,19 @@ def open_embeddings(path: Path) -> Iterator[Embeddings]:
                 )
             vectors = parquet.schema_arrow.field("vector").type
             if not pa.types.is_fixed_size_list(vectors) or vectors.value_type != pa.float32():
-                raise ValueError("its vectors are no lists of fixed size of float32")
+                raise ValueError("its vectors are not lists of fixed size of float32")
             if parquet.schema_arrow.field("path").type != pa.string():
-                raise ValueError("its paths are no texts")
+                raise ValueError("its paths are not texts")
             for name in ("model", "weights", "folder", "listing"):
                 if not isinstance(record[name], str) or "\0" in record[name]:
-                    raise ValueError(f"`{name}` of its record is no text")
+                    raise ValueError(f"`{name}` of its record is not a text")
             if not isinstance(record["size"], int) or isinstance(record["size"], bool):
-                raise ValueError("`size` of its record is no whole number")
+                raise ValueError("`size` of its record is not a whole number")
             embeddings = Embeddings(path, parquet, record)
         except UserError:
             raise
         except KeyError as error:
-            raise UserError("this is no file of embeddings", where=str(path), hint=_HINT) from error
+            raise UserError("this is not a file of embeddings", where=str(path), hint=_HINT) from error
         except OSError as error:
             raise _damaged(path, error) from error
         except (pa.ArrowException, ValueError, TypeError, AttributeError) as error:

@@ -124,7 +124,7 @@ def _opened(pulled: Pulled, name: str) -> tuple[Backbone, Preprocessing]:
         model = load_pretrained(pulled.folder).float()
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise _cannot(
-            pulled, name, f"it is no backbone that can be loaded here: {first_line(error)}", []
+            pulled, name, f"it is not a backbone that can be loaded here: {first_line(error)}", []
         ) from error
     reason = misfit(model.config, name)
     if reason is not None:
@@ -136,7 +136,7 @@ def _opened(pulled: Pulled, name: str) -> tuple[Backbone, Preprocessing]:
     try:
         pixels = pixels_of(record)
     except ValidationError as error:
-        reason = f"its config.json says something else of pixels: {first_line(error)}"
+        reason = f"`pixels` of its config.json is not valid: {first_line(error)}"
         raise _cannot(pulled, name, reason, []) from error
     return model, Preprocessing(max(1, cells) * patch, mean, std, pixels)
 

@@ -48,7 +48,7 @@ def square_of(image: ImageLike, size: int, pixels: PixelFormat | None = None) ->
             arrays are taken as they are.
 
     Raises:
-        UserError: a file that is no image, or something else.
+        UserError: a file that is not an image, or something else.
     """
     try:
         if isinstance(image, (str, os.PathLike)):
@@ -73,7 +73,7 @@ def square_of(image: ImageLike, size: int, pixels: PixelFormat | None = None) ->
     except (UnreadableImage, OSError, ValueError, TypeError) as error:
         reason = error.reason if isinstance(error, UnreadableImage) else first_line(error)
         where = shown(str(image)) if isinstance(image, (str, os.PathLike)) else None
-        raise UserError(f"this is no image: {shortened(reason, 200)}", where=where) from error
+        raise UserError(f"this is not an image: {shortened(reason, 200)}", where=where) from error
 
 
 def squares_of(

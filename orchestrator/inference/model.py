@@ -205,7 +205,7 @@ class Model:
             loaders: the number of threads that read images. Default: the number of cores, at most 8.
 
         Raises:
-            UserError: a file that is no image, or a number that cannot be.
+            UserError: a file that is not an image, or a number that cannot be.
         """
         from orchestrator.inference.forward import features_of, tower_of
 
@@ -273,7 +273,7 @@ def load_weights(path: Path, trusted: Sequence[str] = ()) -> Model:
             return Model(aligned, aligned.image_size, _pixels(tower))
         extra = record.get("extra") or {}
         if not isinstance(extra, dict):
-            raise ValueError(f"`extra` of {config.name} is no mapping")
+            raise ValueError(f"`extra` of {config.name} is not a mapping")
         size = extra.get("image_size")
         if size is not None:
             check_number("image_size", size, _MAX_SIDE)
@@ -325,7 +325,7 @@ def embed(
         float32 (N, D), a row each; (D,) of a single image.
 
     Raises:
-        UserError: no such model or file, a file that is no image, a size that the model cannot take, or texts for a
+        UserError: no such model or file, a file that is not an image, a size that the model cannot take, or texts for a
             model that takes none.
     """
     from orchestrator.inference.forward import image_vectors
@@ -336,7 +336,7 @@ def embed(
     loaders = checked_loaders(loaders)
     loaded = _model(model)
     if (images is None) == (texts is None):
-        raise UserError("embed takes images or texts, and one of them")
+        raise UserError("embed takes either images or texts: give one of them")
     if texts is not None:
         return text_vectors(loaded, texts)
     assert images is not None
@@ -355,7 +355,7 @@ def text_vectors(model: Model, texts: Sequence[str]) -> Floats:
     """Vectors of length 1 of texts, (N, D).
 
     Raises:
-        UserError: the model has no text tower, or these are no texts.
+        UserError: the model has no text tower, or these are not texts.
     """
     embed_texts = getattr(model.module, "embed_texts", None)
     if embed_texts is None:
@@ -419,7 +419,7 @@ def _model(model: Model | Backbone | str | os.PathLike[str]) -> Model:
         return load(model)
     if not callable(model):
         raise UserError(
-            f"this is no model: {shortened(repr(model), 80)}",
+            f"this is not a model: {shortened(repr(model), 80)}",
             hint="give what `load` returns, or what it takes",
         )
     return Model(model)

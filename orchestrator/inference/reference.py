@@ -45,7 +45,7 @@ def locate(model: str | os.PathLike[str], tracking: str | None = None) -> Locate
         UserError: there is no such model, or a text that could mean both.
     """
     if not isinstance(model, (str, os.PathLike)):
-        raise UserError(f"this is no path: {shortened(repr(model), 80)}", hint=f"give {SPELLINGS}")
+        raise UserError(f"this is not a path: {shortened(repr(model), 80)}", hint=f"give {SPELLINGS}")
     text = os.fspath(model)
     reference = references.registered(text) if isinstance(model, str) else None
     if reference is None or reference.is_bare:

@@ -80,7 +80,7 @@ def search(
     """
     if (photo is None) == (text is None):
         raise UserError(
-            "a search is for a photo or for a text, and one of them", hint='give PHOTO, or --text "a dog"'
+            "search takes either a photo or a text: give one of them", hint='give PHOTO, or --text "a dog"'
         )
     if not source.exists():
         raise UserError(
@@ -142,7 +142,7 @@ def nearest_images(
     found: list[tuple[float, int, str]] = []
     first = 0
     for paths, vectors_ND in embeddings.blocks(block_rows):
-        # What is no number is near to nothing. The last digit depends on a row's place in its block.
+        # What is not a number is near to nothing. The last digit depends on a row's place in its block.
         cosines_N = np.nan_to_num(np.round(vectors_ND @ query_D, _DECIMALS), nan=-np.inf)
         rows = np.argsort(-cosines_N, kind="stable")[:top]
         found += [(-float(cosines_N[row]), first + int(row), paths[int(row)].as_py()) for row in rows]

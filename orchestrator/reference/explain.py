@@ -90,7 +90,7 @@ def text(explanation: Explanation, width: int = 100) -> str:
     lines = list(explanation.paths) or ["A pipeline file"]
     if key := explanation.key:
         again = "stages run again" if key.again else "no stage runs again"
-        # Where what happens without the key is no value, its description says it.
+        # Where what happens without the key is not a value, its description says it.
         default = "" if key.default == "–" and "Default:" in key.meaning else _told_default(key.default)
         said = (_plain(key.type), default, f"when it changes, {again}")
         lines += [*_wrapped("; ".join(filter(None, said)), width), "", *_wrapped(_plain(key.meaning), width)]

@@ -30,7 +30,8 @@ _HEAD = """# Every key of a pipeline file
 
 This page is generated from the schema by `python -m orchestrator.reference.page > docs/reference.md`. The column
 "again" says whether stages run again when the key changes: **yes** if the key changes their results, **no** if it only
-changes how they run.
+changes how they run. Where a default was published, or differs from what was published, its sentence names the paper or
+the code. The other defaults are this project's own choice.
 """
 _NAMES = {
     int: "integer",

@@ -196,7 +196,7 @@ class ArtifactStore:
         """What is wrong with one of :meth:`prefixes`, a line each; every file is read.
 
         Raises:
-            FileNotFoundError: it has no manifest: it was never finished, so it is no artifact.
+            FileNotFoundError: it has no manifest: it was never finished, so it is not an artifact.
             UserError: a later version of this program wrote it.
         """
         try:

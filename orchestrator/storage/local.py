@@ -25,7 +25,7 @@ class LocalStore:
     """Objects as files below a folder.
 
     Links directly below the folder, such as `artifacts` on another disk, are its owner's and are followed. No other
-    link is: it is no object, is listed so that it can be deleted, and what is deleted is the link.
+    link is: it is not an object, is listed so that it can be deleted, and what is deleted is the link.
 
     Args:
         root: made if it is missing. What dead processes left unfinished in it is removed.
@@ -206,7 +206,7 @@ def _refuse_unless_absent(error: OSError) -> None:
 
 @contextlib.contextmanager
 def _absent_is_absent() -> Iterator[None]:
-    """A folder is no object, nor is anything below an object."""
+    """A folder is not an object, nor is anything below an object."""
     try:
         yield
     except (IsADirectoryError, NotADirectoryError) as error:

@@ -91,7 +91,7 @@ class Manifest(BaseModel):
         summary: the figures the stage returned.
     """
 
-    # JSON has no NaN and pydantic would write null, which is no float when read back.
+    # JSON has no NaN and pydantic would write null, which is not a float when read back.
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants", extra="allow")
 
     format: int = Field(FORMAT, ge=1, le=FORMAT)

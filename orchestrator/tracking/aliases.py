@@ -1,6 +1,6 @@
 """Which version an alias belongs to: what a gate decides, who had the alias before, and what was rolled back.
 
-What is kept for that is in tags. On a version they begin with `orchestrator.gate.`, and are no part of what a version
+What is kept for that is in tags. On a version they begin with `orchestrator.gate.`, and are not part of what a version
 is known by. On the registered model, `orchestrator.history.<alias>` has the versions that had an alias, the present
 one last.
 """

@@ -154,7 +154,7 @@ def usable_id(value: object, of: str) -> str:
     """An id out of an answer.
 
     Raises:
-        ConnectionError: there is none: who answers is no MLflow server, or not a whole one.
+        ConnectionError: there is none: who answers is not an MLflow server, or not a whole one.
     """
     if not isinstance(value, str) or not value:
         raise ConnectionError(f"the answer has no id of the {of}")

@@ -15,7 +15,7 @@ from orchestrator.tracking.connect import database_path
 
 _LONGEST = 200
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
-# Of bytes that are no HTTP. `RemoteDisconnected` is one of them too, and a ConnectionError besides.
+# Of bytes that are not HTTP. `RemoteDisconnected` is one of them too, and a ConnectionError besides.
 _NO_HTTP = (BadStatusLine, LineTooLong)
 _DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 

@@ -303,7 +303,7 @@ def _parse(data: bytes, offset: int, warn: Callable[[int], None]) -> Iterator[tu
 
 
 def _is_record(record: object) -> bool:
-    """Whether it can be used. Kinds and fields of later versions are no damage."""
+    """Whether it can be used. Kinds and fields of later versions are not damage."""
     if not isinstance(record, dict) or not isinstance(record.get("op"), str):
         return False
     if not _has(record, _FIELDS.get(record["op"], {}) | {"time_ms": int}):

@@ -75,7 +75,7 @@ def load_export(path: Path, prefix: str = "", sha256: str | None = None) -> Mapp
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, it is no mapping
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, it is not a mapping
         found: dict[str, Tensor] = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     BYTES.read("checkpoint", sum(value.nbytes for value in found.values()))
     return found

@@ -233,7 +233,7 @@ class _Process:
 
 
 class _Memory:
-    """Memory that the worker has mapped, too. It is no file of a file system, whose size may be limited."""
+    """Memory that the worker has mapped, too. It is not a file of a file system, whose size may be limited."""
 
     def __init__(self) -> None:
         self._mapped: mmap.mmap | None = None

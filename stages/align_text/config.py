@@ -45,11 +45,11 @@ class AlignOptimizer(Optimizer):
 
     lr: Schedule = Field(
         Schedule(peak=7e-4, warmup_steps=2000, shape="cosine"),
-        description="The learning rate by step. It is used as given and is not scaled by the batch size.",
+        description="The learning rate by step (dino.txt: 7e-4), used as given and not scaled by the batch size.",
     )
     weight_decay: Decay = Field(
         Schedule(peak=1e-4),
-        description="AdamW's decoupled weight decay by step. Vectors and scalars are not decayed.",
+        description="AdamW's decoupled weight decay by step (dino.txt: 1e-4). Vectors and scalars are not decayed.",
     )
     layer_decay: float = Field(
         1.0,
@@ -74,10 +74,12 @@ class TextSettings(Settings):
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    dim: int = Field(192, ge=1, le=MAX_WIDTH, description="The width of the text tower.")
-    depth: int = Field(4, ge=1, le=MAX_DEPTH, description="The number of blocks of the text tower.")
+    dim: int = Field(192, ge=1, le=MAX_WIDTH, description="The width of the text tower (dino.txt: 1280).")
+    depth: int = Field(
+        4, ge=1, le=MAX_DEPTH, description="The number of blocks of the text tower (dino.txt: 24)."
+    )
     num_heads: int = Field(
-        3, ge=1, le=MAX_WIDTH, description="The number of attention heads of the text tower."
+        3, ge=1, le=MAX_WIDTH, description="The number of attention heads of the text tower (dino.txt: 20)."
     )
     init: Literal["fixed", "by_width"] = Field(
         "fixed",
@@ -134,14 +136,14 @@ class AlignText(MixStage):
         2,
         ge=0,
         le=MAX_DEPTH,
-        description="The number of trainable blocks on top of the vision tower's tokens.",
+        description="The number of trainable blocks on top of the vision tower's tokens (DINOv3, section 5.3: 2).",
     )
     drop_path: float = Field(
         0.3,
         ge=0,
         lt=1,
         description="The drop-path rate of the trainable blocks: the share of a batch's samples that each residual "
-        "branch skips, from 0 to below 1.",
+        "branch skips, from 0 to below 1 (dino.txt: 0.3).",
     )
     ffn_hidden: int | None = Field(
         None,
@@ -156,7 +158,10 @@ class AlignText(MixStage):
         "trained from scratch. In DINOv3's published code they have none.",
     )
     output_dim: int = Field(
-        256, ge=1, le=MAX_WIDTH, description="The width of the joint embedding space of images and texts."
+        256,
+        ge=1,
+        le=MAX_WIDTH,
+        description="The width of the joint embedding space of images and texts (DINOv3, section 5.3: 2048).",
     )
     projection: Literal["joint", "shared"] = Field(
         "joint",
@@ -186,19 +191,22 @@ class AlignText(MixStage):
     vocab_size: int = Field(
         4096,
         ge=SMALLEST_VOCABULARY,
-        description="The maximum vocabulary size of the tokenizer that is trained.",
+        description="The maximum vocabulary size of the tokenizer that is trained (dino.txt's own tokenizer: 49,408).",
     )
     context: int = Field(
         77,
         ge=3,
         le=MAX_WIDTH,
-        description="The maximum number of tokens per text. Longer texts are shortened; their last token is kept.",
+        description="The maximum number of tokens per text (dino.txt: 77). Longer texts are shortened; their last "
+        "token is kept.",
     )
     temperature: float = Field(
-        0.07, gt=0, description="The initial temperature of the InfoNCE loss. The temperature is learned."
+        0.07, gt=0, description="The initial temperature of the InfoNCE loss (dino.txt: 0.07). It is learned."
     )
     max_scale: float = Field(
-        100.0, gt=0, description="The maximum of the learned logit scale, which is 1/temperature."
+        100.0,
+        gt=0,
+        description="The maximum of the learned logit scale, which is 1/temperature (dino.txt: 100).",
     )
     zero_stage: ZeroStage = zero_stage_field()
     precision: Precision = PRECISION
@@ -222,7 +230,7 @@ class AlignText(MixStage):
     @model_validator(mode="after")
     def _fits(self) -> AlignText:
         check_blocks(self, self.batch_size, self.block_size)
-        # The recipe's own warm-up, which nobody wrote, is no mistake of a short trial.
+        # The recipe's own warm-up, which nobody wrote, is not a mistake of a short trial.
         if "optimizer" in self.model_fields_set:
             check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
         given = self.tokenizer or self.text.from_

@@ -87,20 +87,34 @@ PRECISION: Precision = Field(
 
 
 class Heads(Settings):
-    """Sizes of the DINO and iBOT heads (arXiv 2508.10104, appendix C; paper scale in `conf/paper`)."""
+    """Sizes of the DINO and iBOT heads (arXiv 2508.10104, appendix C).
 
-    hidden: int = Field(256, ge=1, le=MAX_WIDTH, description="The width of the hidden layers of both heads.")
+    The defaults are for small models on a laptop. The files in `conf/paper` have the published sizes.
+    """
+
+    hidden: int = Field(
+        256,
+        ge=1,
+        le=MAX_WIDTH,
+        description="The width of the hidden layers of both heads (DINOv3's 7B: 8192).",
+    )
     dino_bottleneck: int = Field(
-        64, ge=1, le=MAX_WIDTH, description="The width of the DINO head's bottleneck."
+        64, ge=1, le=MAX_WIDTH, description="The width of the DINO head's bottleneck (DINOv3's 7B: 512)."
     )
     dino_prototypes: int = Field(
-        1024, ge=2, le=2**24, description="The number of prototypes of the DINO head."
+        1024,
+        ge=2,
+        le=2**24,
+        description="The number of prototypes of the DINO head (DINOv3's 7B: 262,144).",
     )
     ibot_bottleneck: int = Field(
-        64, ge=1, le=MAX_WIDTH, description="The width of the iBOT head's bottleneck."
+        64, ge=1, le=MAX_WIDTH, description="The width of the iBOT head's bottleneck (DINOv3's 7B: 384)."
     )
     ibot_prototypes: int = Field(
-        1024, ge=2, le=2**24, description="The number of prototypes of the iBOT head."
+        1024,
+        ge=2,
+        le=2**24,
+        description="The number of prototypes of the iBOT head (DINOv3's 7B: 98,304).",
     )
     prototype_std: float = Field(
         0.02,
@@ -165,7 +179,7 @@ def check_crops(
 
 
 def stage_seed(context: Context, kind: str) -> int:
-    """A seed of its own for each kind of stage; not by name, which is no part of a stage's key."""
+    """A seed of its own for each kind of stage; not by name, which is not part of a stage's key."""
     from orchestrator.data.rng import derive
 
     return derive(context.seed, kind)

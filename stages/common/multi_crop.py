@@ -25,9 +25,12 @@ class MultiCropStage(HomogeneousMixStage):
     )
     optimizer: Optimizer = OPTIMIZER
     student_temperature: float = Field(
-        0.1, gt=0, description="The temperature of the student's softmax in the DINO and iBOT losses."
+        0.1,
+        gt=0,
+        description="The temperature of the student's softmax in the DINO and iBOT losses (DINOv3's published code: "
+        "0.1).",
     )
-    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (DINOv3, section 3.2).")
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (DINOv3, section 3.2: 1).")
     koleo_weight: float = Field(
         0.1, ge=0, description="The weight of the KoLeo loss (DINOv3, section 3.2: 0.1)."
     )
@@ -40,14 +43,18 @@ class MultiCropStage(HomogeneousMixStage):
         None,
         ge=2,
         description="The number of images in a KoLeo group: the nearest neighbour of each image is searched within its "
-        "group. It must divide `block_size`. Default: 16, or `block_size` if that is smaller.",
+        "group. It must divide `block_size`. Default: 16 (DINOv3, section 3.2), or `block_size` if that is smaller.",
     )
     mask_ratio: tuple[Share, Share] = Field(
         (0.1, 0.5),
-        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1.",
+        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1 (DINOv3's "
+        "published code: 0.1 and 0.5).",
     )
     mask_probability: float = Field(
-        0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
+        0.5,
+        ge=0,
+        le=1,
+        description="The share of global crops that are masked, from 0 to 1 (DINOv3's published code: 0.5).",
     )
     precision: Precision = PRECISION
     chunk_rows: int | None = operational(

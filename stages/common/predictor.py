@@ -55,7 +55,7 @@ def load_predictor(folder: Path, dim: int) -> Predictor | None:
         raise ValueError(f"{folder} has {HEAD}, but its config.json describes no head")
     names = described.get("classes", [])
     if not isinstance(names, list):
-        raise ValueError(f"`classes` of the head is {names!r:.40}; it is a list")
+        raise ValueError(f"`classes` of the head is {names!r:.40}; it must be a list")
     classes = tuple(str(name) for name in names)
     # Without memory until the weights are seen to be of its shapes.
     with torch.device("meta"):

@@ -63,7 +63,7 @@ def _from_text(value: Any) -> Any:
 
 def _spelled(text: str) -> str:
     if not references.parsed(text).is_whole:
-        raise ValueError(f"{shortened(text, 80)!r} is no registered model: write {references.SPELLINGS}")
+        raise ValueError(f"{shortened(text, 80)!r} is not a registered model: write {references.SPELLINGS}")
     return text
 
 
@@ -78,7 +78,7 @@ class WeightsSource(Settings):
     path: LocalPath | None = operational(
         None,
         description="A folder of `orchestrator pull`, an artifact's folder or its `model/`, or a file or folder of "
-        "weights in a known layout (docs/continue.md). Of a training checkpoint the teacher's backbone is used.",
+        "weights in a known layout (docs/continue.md). For a training checkpoint, the teacher's backbone is used.",
     )
     registry: Annotated[str, AfterValidator(_spelled)] | None = operational(
         None,

@@ -40,7 +40,7 @@ Levels = Annotated[
 
 
 class EmbeddingNetwork(NetworkSource):
-    """The network whose image features photos are clustered by. It is given as a headless teacher is."""
+    """The network whose image features are clustered. It is specified like a teacher without heads."""
 
     size: Side | None = Field(
         None, description="The side of the images that the network sees, in pixels. Default: 224."

@@ -45,7 +45,7 @@ Retrievals = Annotated[
 
 
 def check_seeds(retrieve: Sequence[SeedRetrieval], data: Sequence[str]) -> None:
-    """Raises KeyMistakeError for seed sets that are no datasets of the stage, or leave nothing to retrieve from."""
+    """Raises KeyMistakeError for seed sets that are not datasets of the stage, or leave nothing to retrieve from."""
     names = [one.seeds for one in retrieve]
     for at, name in enumerate(names):
         if name not in data:

@@ -66,11 +66,17 @@ class Distill(MultiCropStage):
     )
     ema: Momentum = Field(
         Schedule(peak=0.994, end=1.0, shape="cosine"),
-        description="The momentum of each student's EMA by step, from 0 to 1. The EMA weights are the ones that are "
-        "exported.",
+        description="The momentum of each student's EMA by step, from 0 to 1 (DINOv3's published code: 0.994 to 1). "
+        "The EMA weights are the ones that are exported.",
     )
-    teacher_temperature: float = Field(0.07, gt=0, description="The temperature of the teacher's targets.")
-    local_weight: float = Field(1.0, ge=0, description="The weight of the DINO loss on local crops.")
+    teacher_temperature: float = Field(
+        0.07,
+        gt=0,
+        description="The temperature of the teacher's targets (DINOv3's published code: 0.07).",
+    )
+    local_weight: float = Field(
+        1.0, ge=0, description="The weight of the DINO loss on local crops (DINOv3's published code: 1)."
+    )
     window: int = operational(
         4,
         ge=2,

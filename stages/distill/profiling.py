@@ -178,7 +178,7 @@ def _identity(material: Material, student: str) -> dict[str, Any]:
     config = {name: value for name, value in stage.identity().items() if name not in _FREE}
     config |= {name: getattr(stage, name) for name in _COSTLY}
     recipe = material.recipe.model_dump(mode="json") if material.recipe is not None else None
-    # Weights as files are no part of an identity; another file is another network.
+    # Weights as files are not part of an identity; another file is another network.
     files = {
         field: [[str(path), path.stat().st_size] for path in paths] for field, paths in stage.files().items()
     }

@@ -79,13 +79,14 @@ class Student(Settings):
     timm: str | None = in_key_if_set(
         None,
         min_length=1,
-        description="The name of a timm model, which the student has with random weights. timm must be installed.",
+        description="The name of a timm model that the student is made from, with random weights. timm must be "
+        "installed.",
     )
     transformers: str | None = in_key_if_set(
         None,
         min_length=1,
-        description="The name or local folder of a transformers model, which the student has with random weights. "
-        "transformers must be installed.",
+        description="The name or local folder of a transformers model that the student is made from, with random "
+        "weights. transformers must be installed.",
     )
     kwargs: dict[str, Any] = kwargs_field()
     from_: From | None = from_field(FROM)

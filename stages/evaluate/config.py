@@ -60,7 +60,7 @@ Template = Annotated[str, AfterValidator(_with_place)]
 
 
 class OutsideModel(NetworkSource):
-    """A model from elsewhere that is evaluated beside the pipeline's. It is given as a headless teacher is."""
+    """A model from elsewhere that is evaluated beside the pipeline's. It is specified like a teacher without heads."""
 
     size: Side | None = Field(
         None,
@@ -125,7 +125,7 @@ class Evaluate(Stage):
     outside: dict[ModelTitle, OutsideModel] = in_key_if_set(
         {},
         alias="models",
-        description="Models from elsewhere that are evaluated, too, by the name of their row.",
+        description="More models to evaluate, which this pipeline did not train, by the names of their rows.",
     )
     batch: int = operational(64, ge=1, description="The number of images per forward pass.")
     kept_features: float = operational(

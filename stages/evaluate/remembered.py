@@ -195,7 +195,7 @@ def _digest(crop_HWC: Pixels) -> bytes:
 
 
 def _versions(packages: set[str]) -> dict[str, str] | None:
-    """The versions of what brings these packages; None if one of them is no installed one, or may be edited."""
+    """The versions of what brings these packages; None if one of them is not an installed one, or may be edited."""
     found = {"orchestrator": _own_code(), "torch": version("torch")}
     others = packages - set(found)
     brought = packages_distributions() if others else {}

@@ -427,7 +427,7 @@ def _tiles(results: Results) -> list[Tile]:
         "best student": best,
         "trained alone": results.last("own backbone"),
         "raw pixels": results.named("baseline", 1),
-        # Of the same model at the same size: others' are no baseline of it.
+        # Of the same model at the same size: others' are not a baseline of it.
         "random weights": results.untrained(best or results.teacher),
     }
     tiles = [

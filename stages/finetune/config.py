@@ -54,7 +54,7 @@ Task = Annotated[AnyTask, BeforeValidator(_task, json_schema_input_type=str | An
 
 
 class Lora(Settings):
-    """Low-rank adapters (LoRA, arXiv 2106.09685): the weights beside them are frozen, and get them added at the end."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the weights are frozen; at the end the adapters are added to them."""
 
     rank: int = Field(8, ge=1, le=4096, description="The rank of each adapter.")
     alpha: float = Field(

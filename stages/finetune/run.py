@@ -128,7 +128,7 @@ def best_step(config: Finetune, validated: list[dict[str, Any]]) -> int:
     """The step whose figure of the validation split is best; of equal ones the first."""
     name, better = config.task.chosen_by
     known = [(look["metrics"][name], int(look["step"])) for look in validated if name in look["metrics"]]
-    # A figure that is no number is above and below nothing.
+    # A figure that is not a number is above and below nothing.
     known = [
         (value, step) for value, step in known if step in config.validation_steps() and math.isfinite(value)
     ]
@@ -139,7 +139,7 @@ def best_step(config: Finetune, validated: list[dict[str, Any]]) -> int:
 
 
 def _validated(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Step and figures of each evaluation on the validation split, in order; seconds are no figure of it."""
+    """Step and figures of each evaluation on the validation split, in order; seconds are not a figure of it."""
     return [
         {
             "step": int(record["step"]),

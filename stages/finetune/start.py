@@ -211,7 +211,7 @@ def _trained_at(folder: Path | None, where: str) -> dict[str, int]:
         raise UserError(
             f"image_size in the config.json of {folder} is {shortened(repr(size), 40)}",
             where=where,
-            hint=f"it is a whole number from 1 to {_MOST}",
+            hint=f"it must be a whole number from 1 to {_MOST}",
         )
     return {"image_size": size}
 

@@ -52,7 +52,7 @@ def parse(text: str) -> Condition:
     found = _CONDITION.fullmatch(text.strip())
     if found is None:
         raise ValueError(
-            f"{shortened(text, 80)!r} is no condition: write METRIC >= NUMBER, METRIC >= {CHAMPION}, or "
+            f"{shortened(text, 80)!r} is not a condition: write METRIC >= NUMBER, METRIC >= {CHAMPION}, or "
             f"beats: {BASELINES[0]}; there are {', '.join(_OPERATORS)}"
         )
     metric, against = found["metric"].strip(), found["against"].strip()
@@ -66,13 +66,13 @@ def _against(text: str) -> float | str:
         pass
     else:
         if not math.isfinite(number):
-            raise ValueError(f"{text} is no number that a metric can be compared with")
+            raise ValueError(f"{text} is not a number that a metric can be compared with")
         return number
     known = (CHAMPION, *BASELINES)
     if text not in known:
         close = nearest(text, known)
         raise ValueError(
-            f"{shortened(text, 80)!r} is no number and nothing that a metric can be compared with: "
+            f"{shortened(text, 80)!r} is not a number and nothing that a metric can be compared with: "
             + (f"did you mean {close}?" if close else f"there are {', '.join(known)}")
         )
     return text
@@ -84,7 +84,7 @@ def _canonical(value: Any) -> str:
         value = f"{KNN} > {value['beats']}"
     if not isinstance(value, str):
         raise ValueError(
-            f"{shortened(repr(value), 80)} is no condition: write a text such as `{KNN} >= 0.4`, or "
+            f"{shortened(repr(value), 80)} is not a condition: write a text such as `{KNN} >= 0.4`, or "
             f"`beats: {BASELINES[0]}`"
         )
     return str(parse(value))

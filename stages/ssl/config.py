@@ -93,18 +93,24 @@ class SelfSupervised(MultiCropStage):
     from_: From | None = from_field(FROM)
     freeze_backbone_steps: int = freeze_field()
     ema: Momentum = Field(
-        Schedule(peak=0.999), description="The momentum of the EMA teacher by step, from 0 to 1."
+        Schedule(peak=0.999),
+        description="The momentum of the EMA teacher by step, from 0 to 1 (DINOv3, section 3.2: 0.999).",
     )
     teacher_temperature: Temperature = Field(
-        Schedule(peak=0.07), description="The temperature of the teacher's targets by step."
+        Schedule(peak=0.07),
+        description="The temperature of the teacher's targets by step (DINOv3's published code: 0.07, after a warmup "
+        "from 0.04).",
     )
     local_weight: Schedule = Field(
-        Schedule(peak=1.0), description="The weight of the DINO loss on local crops by step."
+        Schedule(peak=1.0),
+        description="The weight of the DINO loss on local crops by step (DINOv3's published code: 1, and a decline to "
+        "0.5 in Gram anchoring).",
     )
     frozen_prototype_steps: int = Field(
         0,
         ge=0,
-        description="The number of steps at the start in which the heads' prototype layers are frozen.",
+        description="The number of steps at the start in which the heads' prototype layers are frozen (DINOv3's 7B: "
+        "5000).",
     )
     gram: Gram | None = Field(
         None, description="The settings of Gram anchoring: its teacher, its weight and its start."

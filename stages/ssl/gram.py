@@ -56,7 +56,7 @@ class Gram(Settings):
     """
 
     weight: Schedule = Field(
-        Schedule(peak=2.0), description="The weight of the Gram loss by step (DINOv3, section 4.2)."
+        Schedule(peak=2.0), description="The weight of the Gram loss by step (DINOv3, section 4.2: 2)."
     )
     teacher: int | Literal["earliest", "latest", "best", "start"] = Field(
         "earliest",
@@ -76,9 +76,13 @@ class Gram(Settings):
     update_every: int = Field(
         10_000,
         ge=1,
-        description="The interval between updates of the Gram teacher, in steps (DINOv3, section 4.2).",
+        description="The interval between updates of the Gram teacher, in steps (DINOv3, section 4.2: 10,000).",
     )
-    max_updates: int = Field(3, ge=0, description="The maximum number of updates of the Gram teacher.")
+    max_updates: int = Field(
+        3,
+        ge=0,
+        description="The maximum number of updates of the Gram teacher (DINOv3's published code: 3).",
+    )
     form: Literal["auto", "patches", "features"] = Field(
         "auto",
         description="The way in which the loss is computed: from P×P matrices of patches, from D×D matrices of "
@@ -122,7 +126,7 @@ class RefinementGram(Gram):
     """Gram anchoring in high-resolution refinement (section 5.1). It is on from step 0."""
 
     weight: Schedule = Field(
-        Schedule(peak=1.5), description="The weight of the Gram loss by step (DINOv3, section 5.1)."
+        Schedule(peak=1.5), description="The weight of the Gram loss by step (DINOv3, section 5.1: 1.5)."
     )
     teacher: int | Literal["earliest", "latest", "best", "start"] = Field(
         "latest",

@@ -91,7 +91,7 @@ class ProbePhotos:
             square = read_square(self._index.path(row), side, limit, pixels=pixels)
         except UnreadableImage as error:
             path = shown(str(error.path))
-            self._troubles.append(f"a photo that k-NN is watched on cannot be read: {path}: {error.reason}")
+            self._troubles.append(f"a photo of the k-NN evaluation cannot be read: {path}: {error.reason}")
             return None
         parts = [square[: self._size, : self._size]]
         if self.num_views == 2:

@@ -284,7 +284,9 @@ class SelfSupervisedTask:
         for objective in self.config.objectives:
             term = objective.loss(output)
             if not isinstance(term, Tensor) or term.ndim:
-                raise TypeError(f"{objective.use}.loss gave no scalar tensor: give the mean over the images")
+                raise TypeError(
+                    f"{objective.use}.loss did not return a scalar tensor: return the mean over the images"
+                )
             terms[objective.title] = objective.weight * term.float()
         return terms
 

@@ -38,7 +38,7 @@ def test_a_round_is_one_step_of_every_student() -> None:
 
 
 def test_only_the_time_in_which_all_are_at_work_counts() -> None:
-    """Who is left alone at the end gets faster, and that is no speed of this arm."""
+    """Who is left alone at the end gets faster, and that is not a speed of this arm."""
     alone = done(0.0, 1.0, 30)
     alone.wall[10:] = [10 + 0.1 * number for number in range(1, 21)]
     assert plain.rounds([done(0.0, 1.0, 10), alone], [Price(1.0, 1.0)] * 2)[0] == pytest.approx(1.0)

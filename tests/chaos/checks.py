@@ -120,7 +120,7 @@ def artifacts(objects: Objects) -> list[str]:
             folder = name.removesuffix("checkpoint.json")
             listed = {f"{folder}{file}" for file in json.loads(objects.get(name))["files"]}
             there = {one for one in names if one.startswith(folder) and one != name}
-            wrong += [f"{one} is no part of its checkpoint" for one in sorted(there ^ listed)]
+            wrong += [f"{one} is not part of its checkpoint" for one in sorted(there ^ listed)]
     return wrong
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def _photo(height: int = 120, width: int = 200) -> np.ndarray:
     return np.stack(planes, axis=2).astype(np.uint8)
 
 
-def _rngs(seed: int):
+def _rngs(seed: int) -> Any:
     return lambda view: generator(seed, view)
 
 

@@ -102,7 +102,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         data = (tmp_path / name).read_bytes()
         (tmp_path / f"half-{name}").write_bytes(data[: len(data) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "text.jpg").write_text("this is not a picture")
     expected = {
         "half-whole.jpg": "corrupt JPEG",
         "half-whole.png": "",

@@ -133,18 +133,18 @@ def test_what_is_no_whole_model_is_told(tmp_path: Path, values: NDArray[np.float
     # Each end within the graph is found: the first bytes, before it, are a model without one.
     for end in (0, 1, 5, 12, 14, 20, 40, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match="is no ONNX model that can be read"):
+        with pytest.raises(ValueError, match="is not an ONNX model that can be read"):
             read_onnx(path)
     for content in (b"\x89PNG\r\n\x1a\n" + bytes(40), b"\xff" * 64, b"name: pipeline\n"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is no ONNX model that can be read"):
+        with pytest.raises(ValueError, match="is not an ONNX model that can be read"):
             read_onnx(path)
 
 
 def test_a_tensor_that_is_not_as_long_as_its_shape_says_is_told(tmp_path: Path) -> None:
     for dims in ([2**40, 2**40], [3], [-1, -2]):
         tensor = PROTO["Tensor"](name="m", dims=dims, data_type=1, raw_data=bytes(8))
-        with pytest.raises(ValueError, match="is no ONNX model"):
+        with pytest.raises(ValueError, match="is not an ONNX model"):
             read_onnx(model(tmp_path / "net.onnx", [], [tensor]))
 
 

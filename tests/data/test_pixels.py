@@ -129,7 +129,7 @@ def test_a_jpeg_has_the_range_of_its_dataset(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 def test_four_bands_are_not_transparency(tmp_path: Path, kind: type) -> None:
-    raw = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (16, 24, 4)).astype(kind)
+    raw: Any = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (16, 24, 4)).astype(kind)
     _tiff(raw, tmp_path / "s.tif")
     pixels = PixelFormat(bands=(3, 0, 1), range=(0, np.iinfo(kind).max))
     seen = read_rgb(tmp_path / "s.tif", pixels=pixels)

@@ -26,7 +26,7 @@ FOLDERS = ("train", "val", "test")
 
 
 def picture(seed: int, brighter: int = 0) -> np.ndarray:
-    """A smooth random picture: others of another seed are no near duplicates of it."""
+    """A smooth random picture: others of another seed are not near duplicates of it."""
     noise = np.random.default_rng(seed).integers(0, 200, (6, 6, 3)).astype(np.uint8)
     pixels = np.asarray(Image.fromarray(noise).resize((40, 40), Image.Resampling.BICUBIC), dtype=np.int64)
     return np.clip(pixels + brighter, 0, 255).astype(np.uint8)
@@ -109,7 +109,7 @@ def test_by_lists_of_files(rows: list[ImageRecord], tmp_path: Path) -> None:
     assert names(index, Splits.of(index, split)) == EXPECTED
     assert set(split.files()) == set(SPLITS)
     (tmp_path / "test.txt").write_text("test/0.png\ntest/00.png\n")
-    with pytest.raises(UserError, match=r"'test/00\.png' is no picture of the index") as caught:
+    with pytest.raises(UserError, match=r"'test/00\.png' is not a picture of the index") as caught:
         Splits.of(index, split)
     assert caught.value.where == f"{tmp_path}/test.txt:2"
     assert caught.value.hint == "did you mean 'test/0.png'?"

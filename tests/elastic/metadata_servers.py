@@ -19,7 +19,7 @@ class MetadataServer:
     Attributes:
         url: http://127.0.0.1:PORT, for `ORCHESTRATOR_…_METADATA_URL`.
         served: `METHOD path → status` of each request so far.
-        broken: what it does in the place of answering: nothing at all, an error 503, or text that is no document.
+        broken: what it does in the place of answering: nothing at all, an error 503, or text that is not a document.
         said: the documents; tests change them.
         signs: whether replies carry Google's mark, by which its server is known.
     """

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -32,7 +32,7 @@ Serve = Callable[[type[Server]], Server]
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
+def serve() -> Iterator[Serve[Any]]:
     with ExitStack() as servers:
 
         def start(kind: type[Server]) -> Server:
@@ -47,7 +47,7 @@ def client(cloud: Cloud, server: MetadataServer) -> MetadataClient:
     return metadata_client(cloud, {f"ORCHESTRATOR_{cloud.upper()}_METADATA_URL": server.url})
 
 
-def test_aws_says_nothing_until_it_interrupts(serve: Serve) -> None:
+def test_aws_says_nothing_until_it_interrupts(serve: Serve[Any]) -> None:
     server = serve(AwsServer)
     aws = client("aws", server)
     assert aws.poll() == []
@@ -59,7 +59,7 @@ def test_aws_says_nothing_until_it_interrupts(serve: Serve) -> None:
     assert server.count("/latest/api/token") == 1, "one session token serves many polls"
 
 
-def test_aws_gets_a_new_token_when_the_old_one_is_refused(serve: Serve) -> None:
+def test_aws_gets_a_new_token_when_the_old_one_is_refused(serve: Serve[Any]) -> None:
     server = serve(AwsServer)
     aws = client("aws", server)
     aws.poll()
@@ -69,7 +69,7 @@ def test_aws_gets_a_new_token_when_the_old_one_is_refused(serve: Serve) -> None:
     assert server.count("/latest/meta-data/spot/instance-action", 401) == 1
 
 
-def test_a_rebalance_recommendation_is_a_hint_and_an_interruption_outranks_it(serve: Serve) -> None:
+def test_a_rebalance_recommendation_is_a_hint_and_an_interruption_outranks_it(serve: Serve[Any]) -> None:
     server = serve(AwsServer)
     server.recommend_rebalance()
     aws = client("aws", server)
@@ -79,7 +79,7 @@ def test_a_rebalance_recommendation_is_a_hint_and_an_interruption_outranks_it(se
     assert [type(found) for found in aws.poll()] == [Notice]
 
 
-def test_a_time_that_has_passed_leaves_a_moment_for_a_checkpoint(serve: Serve) -> None:
+def test_a_time_that_has_passed_leaves_a_moment_for_a_checkpoint(serve: Serve[Any]) -> None:
     server = serve(AwsServer)
     server.interrupt(in_s=-3600)
     (notice,) = client("aws", server).poll()
@@ -95,7 +95,7 @@ def test_a_time_that_has_passed_leaves_a_moment_for_a_checkpoint(serve: Serve) -
         ("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE", Hint),
     ],
 )
-def test_gce(serve: Serve, name: str, value: str, kind: type) -> None:
+def test_gce(serve: Serve[Any], name: str, value: str, kind: type) -> None:
     server = serve(GceServer)
     gce = client("gce", server)
     assert gce.poll() == []
@@ -111,7 +111,7 @@ def test_gce(serve: Serve, name: str, value: str, kind: type) -> None:
     ("event", "kind"),
     [("Preempt", Notice), ("Terminate", Notice), ("Reboot", Notice), ("Redeploy", Notice), ("Freeze", Hint)],
 )
-def test_azure(serve: Serve, event: str, kind: type) -> None:
+def test_azure(serve: Serve[Any], event: str, kind: type) -> None:
     server = serve(AzureServer)
     azure = client("azure", server)
     assert azure.poll() == []
@@ -122,7 +122,7 @@ def test_azure(serve: Serve, event: str, kind: type) -> None:
         assert found.deadline == ends
 
 
-def test_azure_events_of_other_machines_and_those_called_off_are_not_ours(serve: Serve) -> None:
+def test_azure_events_of_other_machines_and_those_called_off_are_not_ours(serve: Serve[Any]) -> None:
     server = serve(AzureServer)
     server.schedule("Preempt", in_s=30, machine="spot_4")
     server.schedule("Preempt", in_s=30, status="Canceled")
@@ -137,7 +137,7 @@ def test_azure_events_of_other_machines_and_those_called_off_are_not_ours(serve:
 @pytest.mark.parametrize(("cloud", "kind"), [("aws", AwsServer), ("gce", GceServer), ("azure", AzureServer)])
 @pytest.mark.parametrize("how", [pytest.param("silent", marks=pytest.mark.heavy), "error", "garbage"])
 def test_what_no_cloud_would_say_is_an_outage(
-    serve: Serve, cloud: Cloud, kind: type[MetadataServer], how: str
+    serve: Serve[Any], cloud: Cloud, kind: type[MetadataServer], how: str
 ) -> None:
     server = serve(kind)
     server.broken = how
@@ -145,7 +145,7 @@ def test_what_no_cloud_would_say_is_an_outage(
         client(cloud, server).poll()
 
 
-def test_documents_that_are_not_what_the_cloud_documents_are_an_outage(serve: Serve) -> None:
+def test_documents_that_are_not_what_the_cloud_documents_are_an_outage(serve: Serve[Any]) -> None:
     aws, gce, azure = serve(AwsServer), serve(GceServer), serve(AzureServer)
     aws.said["spot/instance-action"] = {"action": "terminate", "time": "soon"}
     gce.said["preempted"] = "MAYBE"
@@ -155,14 +155,14 @@ def test_documents_that_are_not_what_the_cloud_documents_are_an_outage(serve: Se
             client(cloud, server).poll()
 
 
-def test_one_event_that_cannot_be_read_does_not_hide_another(serve: Serve) -> None:
+def test_one_event_that_cannot_be_read_does_not_hide_another(serve: Serve[Any]) -> None:
     server = serve(AzureServer)
     server.said["events"].append({"EventType": "Preempt"})
     server.schedule("Preempt", in_s=30)
     assert [type(found) for found in client("azure", server).poll()] == [Notice]
 
 
-def test_a_server_of_another_cloud_is_not_believed(serve: Serve) -> None:
+def test_a_server_of_another_cloud_is_not_believed(serve: Serve[Any]) -> None:
     with pytest.raises(MetadataError):
         client("gce", serve(AzureServer)).poll()
     with pytest.raises(MetadataError):
@@ -221,7 +221,7 @@ class Drains(NodeDrainer):
         return True
 
 
-def test_hints_drain_nothing_and_are_said_once(serve: Serve) -> None:
+def test_hints_drain_nothing_and_are_said_once(serve: Serve[Any]) -> None:
     server, node, lines = serve(AwsServer), Drains(), list[str]()
     server.recommend_rebalance()
     watcher = NoticeWatcher(client("aws", server), node, lines.append)
@@ -232,7 +232,7 @@ def test_hints_drain_nothing_and_are_said_once(serve: Serve) -> None:
     assert "rebalance" in lines[0]
 
 
-def test_an_end_long_ahead_is_drained_for_when_it_is_near(serve: Serve) -> None:
+def test_an_end_long_ahead_is_drained_for_when_it_is_near(serve: Serve[Any]) -> None:
     """Azure announces a redeployment 15 minutes ahead; a drained node would idle for all of them."""
     server, node = serve(AzureServer), Drains()
     server.schedule("Redeploy", in_s=900)
@@ -245,7 +245,7 @@ def test_an_end_long_ahead_is_drained_for_when_it_is_near(serve: Serve) -> None:
     assert len(node.drained) == 1
 
 
-def test_outages_of_the_service_and_of_the_cluster_are_survived(serve: Serve) -> None:
+def test_outages_of_the_service_and_of_the_cluster_are_survived(serve: Serve[Any]) -> None:
     server, node, lines = serve(GceServer), Drains(), list[str]()
     watcher = NoticeWatcher(client("gce", server), node, lines.append)
     usual = watcher.pause_s()

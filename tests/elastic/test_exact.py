@@ -11,7 +11,7 @@ import pytest
 from .conftest import CONFIG, RunJob
 from .test_chunks import saved
 
-# Seven blocks: neither two nor three workers divide them, and 1/7 is no power of two. The learning rate is high,
+# Seven blocks: neither two nor three workers divide them, and 1/7 is not a power of two. The learning rate is high,
 # so that a bit that differs somewhere moves others.
 STEPS = 8
 CLIP_NORM = 0.5

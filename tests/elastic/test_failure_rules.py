@@ -140,7 +140,7 @@ def test_processes_that_die_end_a_job_only_while_it_gets_nowhere() -> None:
     answers = [budget.broke("SIGKILL") for _ in range(MAX_STALLED_ATTEMPTS)]
     assert answers == [False] * (MAX_STALLED_ATTEMPTS - 1) + [True]
     budget.progress(99)
-    assert budget.broke("SIGKILL"), "a step that was done before is no progress"
+    assert budget.broke("SIGKILL"), "a step that was done before is not progress"
 
 
 def attempts(budget: Budget, failure: Failure, step: int = 5, most: int = 100) -> int:

@@ -111,7 +111,8 @@ class Lab:
         }  # fmt: skip
         file = self._folder / "pipeline.yaml"
         file.write_text(yaml.safe_dump(pipeline))
-        loaded, output, runs = load(file), io.StringIO(), {}
+        loaded, output = load(file), io.StringIO()
+        runs: dict[Any, Any] = {}
         code = driver.execute(
             loaded,
             resolve(loaded),

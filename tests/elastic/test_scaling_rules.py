@@ -198,7 +198,7 @@ def test_a_job_learns_what_a_restart_takes() -> None:
     job, pool = job_on(2)
     run_group(job, pool, 0.0)
     job.stepped(1, 1.0, 30.0)
-    assert job.restart_s == 5.0, "the first start is no restart"
+    assert job.restart_s == 5.0, "the first start is not a restart"
     job.stop_requested("growth")
     assert job.decide(31.0) == Keep(), "asked once"
     job.group_ended(40.0, lost=False)
@@ -248,4 +248,4 @@ def test_a_lost_group_counts_and_its_slots_are_free_again() -> None:
     assert job.view(100.0).group == ()
     assert job.view(100.0).step_s is None, "the next group may have another size"
     job.group_ended(200.0, lost=False)
-    assert job.mtbf_s(200.0) == pytest.approx(1900.0), "a planned end is no loss"
+    assert job.mtbf_s(200.0) == pytest.approx(1900.0), "a planned end is not a loss"

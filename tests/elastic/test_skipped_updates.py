@@ -193,7 +193,8 @@ def test_the_limit_is_a_share_of_the_newest_steps() -> None:
 def test_what_a_checkpoint_says_of_them_is_read_with_care() -> None:
     skips = Skips(2, [(4, "block 1 (samples 3)"), (9, "block 0 (samples 5)")])
     assert Skips.of(json.loads(json.dumps(skips.saved()))) == skips
-    for damaged in (None, [], {}, {"total": "2"}, 7):
+    records: tuple[Any, ...] = (None, [], {}, {"total": "2"}, 7)
+    for damaged in records:
         assert Skips.of(damaged) == Skips()
     assert Skips.of({"total": 2, "recent": [["a"], 3, [1, "x"]]}) == Skips(2, [(1, "x")])
 

@@ -215,7 +215,7 @@ def spoil(record: dict[str, Any], part: str, value: Any) -> None:
     [
         (lambda record: spoil(record, "intrinsics", [1, 2]), "the intrinsics of images/0.png is not 4 numbers"),
         (lambda record: spoil(record, "intrinsics", [0, 1, 2, 3]), "the focal length of images/0.png is 0, 1"),
-        (lambda record: spoil(record, "world_to_camera", (2 * np.eye(4)).tolist()), "is no rotation"),
+        (lambda record: spoil(record, "world_to_camera", (2 * np.eye(4)).tolist()), "is not a rotation"),
         (lambda record: spoil(record, "depth", "depth/9.png"), "there is no file depth/9.png"),
         (lambda record: record["images/0.png"].pop("depth"), "images/0.png lacks depth"),
         (lambda record: record.clear(), "names no picture"),

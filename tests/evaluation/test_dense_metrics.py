@@ -463,7 +463,7 @@ def test_only_what_is_a_png_is_read_as_a_target_and_only_files_as_homographies(
     postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 52 40\n%%ImageData: 52 40 8 1 0 1 1 "x"\n%%EndComments\n'
     data = masks(tmp_path / "masks")
     (tmp_path / "masks" / data.pairs()[0][1]).write_bytes(postscript)
-    with pytest.raises(UserError, match="it is no PNG"):
+    with pytest.raises(UserError, match="it is not a PNG"):
         DensePictures(data).check()
     views = planes(tmp_path / "planes")
     first, other, matrix = views.pairs()[0]

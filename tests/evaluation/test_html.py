@@ -98,7 +98,7 @@ def test_wrong_tables_and_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 cells"):
         markdown_table(ragged)
     (tmp_path / "no.png").write_bytes(b"<svg/>")
-    with pytest.raises(ValueError, match=r"no\.png is no PNG"):
+    with pytest.raises(ValueError, match=r"no\.png is not a PNG"):
         page("t", "s", [], [Section("x", [Picture(tmp_path / "no.png", "")])])
     with pytest.raises(FileNotFoundError):
         page("t", "s", [], [Section("x", [Picture(tmp_path / "none.png", "")])])

@@ -17,7 +17,7 @@ from orchestrator.pipeline.load import load
 from .mutations import TEXTS, damaged_bytes, damaged_lines, damaged_values, in_time, sensible, some
 
 CONF = Path(__file__).parents[2] / "conf"
-# Those of clusters are no pipeline files, and whoever runs one by mistake gets a message, too.
+# Those of clusters are not pipeline files, and whoever runs one by mistake gets a message, too.
 FILES = {
     path.relative_to(CONF).as_posix(): path.read_text(encoding="utf-8")
     for path in sorted(CONF.rglob("*.yaml"))

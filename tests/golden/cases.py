@@ -121,7 +121,7 @@ def numbers(case: str, folder: Path, scratch: Path) -> Numbers:
     context = _context(case, folder, scratch)
     trainer.run = train
     if isinstance(stage, Distill):
-        found = {}
+        found: dict[str, Any] = {}
         for name in stage.students:
             found |= {f"{name}/{key}": value for key, value in _student(stage, context, name).items()}
         return found

@@ -91,7 +91,7 @@ def test_every_file_is_accounted_for(photos: Path, model: Path, tmp_path: Path) 
         "corrupt JPEG",
     ):
         assert reason in said
-    assert "2 other files are no images: " in said
+    assert "2 other files are not images: " in said
     assert "1 × its name ends in .txt" in said
     assert "1 × not a file but a pipe" in said
     record = json.loads(pq.read_metadata(tmp_path / "e.parquet").metadata[b"orchestrator.embeddings"])

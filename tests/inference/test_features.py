@@ -69,7 +69,7 @@ def test_a_picture_without_pixels_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "none.gif").write_bytes(
         b"GIF89a" + bytes(7) + b",\0\0\0\0\0\0\0\0\0" + b"\x02\x02\x44\x01\0;"
     )
-    with pytest.raises(UserError, match="this is no image: "):
+    with pytest.raises(UserError, match="this is not an image: "):
         square_of(tmp_path / "none.gif", SIZE)
     with pytest.raises(ValueError, match="no pixels"):
         square(np.zeros((0, 3, 3), np.uint8), SIZE)
@@ -87,7 +87,7 @@ def test_arrays_of_other_shapes_are_images_as_well() -> None:
     [pixels(0).astype(np.float32), np.zeros((4, 4, 7), np.uint8), np.zeros(4, np.uint8), 5, b"x", None],
 )
 def test_what_is_no_image_is_one_error(image: object) -> None:
-    with pytest.raises(UserError, match="this is no image"):
+    with pytest.raises(UserError, match="this is not an image"):
         square_of(image, SIZE)  # type: ignore[arg-type]
 
 
@@ -155,7 +155,7 @@ def test_numbers_and_files_that_cannot_be_are_one_error(photos: Path, model: Pat
         ("batch is 0", lambda: loaded.features([], batch=0)),
         ("loaders is 0", lambda: loaded.features([], loaders=0)),
         ("loaders is -1", lambda: orchestrator.embed(loaded, [], loaders=-1)),
-        ("this is no image: the file is empty", lambda: loaded.features([photos / "empty.png"])),
+        ("this is not an image: the file is empty", lambda: loaded.features([photos / "empty.png"])),
         ("more pixels than the limit", lambda: loaded.features([photos / "large.jpg", photos / "huge.png"])),
         ("not a regular file", lambda: loaded.features([photos / "pipe.jpg"])),
     ):

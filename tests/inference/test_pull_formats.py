@@ -165,7 +165,7 @@ def test_what_is_no_backbone_is_refused(registry: Path, tmp_path: Path) -> None:
     for record in ("{}", "[1]", '{"format": 9, "architecture": "vit"}', "no JSON"):
         (registry / "config.json").write_text(record)
         error = refusal("torch-export", tmp_path / "out")
-        assert "it is no backbone that can be loaded here" in error.what
+        assert "it is not a backbone that can be loaded here" in error.what
 
 
 @pytest.mark.parametrize("pixels", [{"range": 7}, {"bands": "all"}, [1], {"import": "os"}])
@@ -174,7 +174,7 @@ def test_a_folder_that_says_something_else_of_pixels_is_refused(
 ) -> None:
     config = published(registry) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pixels": pixels}))
-    with pytest.raises(UserError, match=r"its config\.json says something else of pixels"):
+    with pytest.raises(UserError, match=r"`pixels` of its config\.json is not valid"):
         export.pull_as("torch-export", "food-femto", tmp_path / "out", "sqlite:///none.db")
     assert not (tmp_path / "out").exists()
 

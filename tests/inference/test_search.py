@@ -164,16 +164,16 @@ def test_mistakes_are_one_error_and_nothing_is_embedded_for_them(
     photos: Path, model: Path, aligned: Path, tmp_path: Path, cache: Path
 ) -> None:
     for arguments, expected in (
-        (["photos", "--model", "./model"], "for a photo or for a text"),
+        (["photos", "--model", "./model"], "either a photo or a text"),
         (
             ["photos", "photos/large.jpg", "--text", "a dog", "--model", "./model"],
-            "for a photo or for a text",
+            "either a photo or a text",
         ),
         (["photos", "--text", "a dog", "--model", "./model"], "no text tower"),
         (["photos", "photos/large.jpg"], "no model is named"),
-        (["photos", "photos/empty.png", "--model", "./model"], "this is no image: the file is empty"),
-        (["photos", "nowhere.png", "--model", "./model"], "this is no image"),
-        (["photos", "photos/pipe.jpg", "--model", "./model"], "this is no image"),
+        (["photos", "photos/empty.png", "--model", "./model"], "this is not an image: the file is empty"),
+        (["photos", "nowhere.png", "--model", "./model"], "this is not an image"),
+        (["photos", "photos/pipe.jpg", "--model", "./model"], "this is not an image"),
         (["nowhere", "photos/large.jpg", "--model", "./model"], "nowhere does not exist"),
         (["photos/large.jpg", "photos/large.jpg"], "no embeddings can be read"),
         (["photos", "photos/large.jpg", "--model", str(aligned), "--size", "24"], "sees images at 16 pixels"),

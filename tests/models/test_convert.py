@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -293,7 +294,7 @@ def test_other_mistakes_are_refused() -> None:
         to_layout(state, MLP, "transformer")
     with pytest.raises(ValueError, match=r"no known layout .*: layer1\.0\.conv1\.weight"):
         from_layout({"layer1.0.conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"48 wide and 3 deep: say num_heads="):
+    with pytest.raises(ValueError, match=r"48 wide and 3 deep: set num_heads="):
         from_layout(to_layout(state, MLP, "timm"))
     with pytest.raises(ValueError, match=r"no setting 'num_head'; did you mean num_heads"):
         from_layout(to_layout(state, MLP, "timm"), num_head=2)
@@ -383,7 +384,7 @@ def test_load_any_reads_our_own_folder(tmp_path: Path) -> None:
 
 
 class _Code:
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> Any:
         return (print, ("ran",))
 
 
@@ -417,7 +418,7 @@ def test_load_any_runs_no_code_and_takes_no_other_file(
 def test_a_config_json_beside_a_file_is_used(tmp_path: Path) -> None:
     state = to_layout(random_state(MLP), MLP, "transformers")
     save_file(state, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="say num_heads="):
+    with pytest.raises(ValueError, match="set num_heads="):
         load_any(tmp_path / "weights.safetensors")
     assert load_any(tmp_path / "weights.safetensors", num_heads=2).config == MLP
     (tmp_path / "config.json").write_text(json.dumps(transformers_config(MLP)))

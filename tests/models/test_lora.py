@@ -83,7 +83,7 @@ def test_a_fused_attention_has_no_layer_that_an_adapter_would_be_asked_in() -> N
     """It reads `out_proj.weight` and calls no layer, so that an adapter would learn nothing."""
     net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     with pytest.raises(
-        ValueError, match=r"no linear layer is meant by the target 'attention'; .* linear1, linear2"
+        ValueError, match=r"no linear layer matches the target 'attention'; .* linear1, linear2"
     ):
         add_lora(net, ["attention"], 2, 4.0)
     assert add_lora(net, ["linear1"], 2, 4.0) == ["linear1"]

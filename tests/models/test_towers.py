@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -296,11 +297,11 @@ def _scatter_parameters(module: nn.Module) -> None:
         own = list(child.parameters(recurse=False))
         full = [parameter.data for parameter in own]
 
-        def gather(_: nn.Module, __: object, own: list = own, full: list = full) -> None:
+        def gather(_: nn.Module, __: object, own: list[Any] = own, full: list[Any] = full) -> None:
             for parameter, data in zip(own, full, strict=True):
                 parameter.data = data
 
-        def release(_: nn.Module, __: object, ___: object, own: list = own) -> None:
+        def release(_: nn.Module, __: object, ___: object, own: list[Any] = own) -> None:
             for parameter in own:
                 parameter.data = torch.empty(0)
 

@@ -328,7 +328,7 @@ def test_blocks_of_timm() -> None:
     said = teacher(images())
     torch.testing.assert_close(said.cls, first[:, 0])
     torch.testing.assert_close(said.patches, second[:, 1:])
-    with pytest.raises(ValueError, match="timm's resnet10t is no transformer"):
+    with pytest.raises(ValueError, match="timm's resnet10t is not a transformer"):
         open_timm("resnet10t", SIZE, pretrained=False, blocks=Blocks(1, 1))
 
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def main(folder: Path, rank: int) -> None:
     meeting, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3, timeout=patience)
     groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 3)}
-    results = {}
+    results: dict[Any, Any] = {}
     for split, shares in SPLITS.items():
         if rank < len(shares):
             for dtype in (torch.float32, torch.float64):

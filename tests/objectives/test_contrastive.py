@@ -137,7 +137,7 @@ def test_hits_are_partners_nearer_than_all_others() -> None:
 
 
 def test_pairs_must_pair_up() -> None:
-    with pytest.raises(ValueError, match="are no pairs"):
+    with pytest.raises(ValueError, match="are not pairs"):
         contrast(torch.ones(3, 2), torch.ones(2, 2), 1.0)
 
 

@@ -119,7 +119,7 @@ def test_boxes_without_an_area_have_a_finite_gradient() -> None:
 
 
 def test_predictions_that_are_no_numbers_have_a_loss_that_is_none() -> None:
-    """And no traceback of scipy's: training tells of a loss that is no number."""
+    """And no traceback of scipy's: training tells of a loss that is not a number."""
     logits, found = torch.full((1, 3, 3), torch.nan), torch.full((1, 3, 4), torch.nan)
     loss = set_loss(logits, found, torch.tensor([[1]]), torch.full((1, 1, 4), 0.5), SetWeights())
     assert loss.isnan()

@@ -42,7 +42,7 @@ def alone() -> dict[str, np.ndarray[Any, Any]]:
     dino = naive.sinkhorn(dino_rows, ranks.TEMPERATURE).split(num_views * num_images)
     ibot = naive.sinkhorn(ibot_rows, ranks.TEMPERATURE).split(list(ranks.MASKED))
     losses: list[Tensor] = []
-    expected = {}
+    expected: dict[Any, Any] = {}
     for index, block in enumerate(blocks):
         targets = dino[index].unflatten(0, (num_views, num_images))
         losses.append(

@@ -168,7 +168,8 @@ def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
 ) -> None:
     holder = child(QUICK, ("it", "its"), elsewhere=True)
     holder.kill()
-    own, said = leases(tmp_path, QUICK), []
+    own = leases(tmp_path, QUICK)
+    said: list[Any] = []
     seen = own.holder("it")
     assert seen is not None
     assert not seen.alive
@@ -356,7 +357,8 @@ class Clock:
 
 
 def test_only_silence_that_was_watched_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, objects = Clock(), {}
+    clock = Clock()
+    objects: dict[Any, Any] = {}
     monkeypatch.setattr(liveness, "clock", clock)
     who = this_process().model_copy(update={"machine": None})
     watch = HeartbeatMonitor(MemoryStore(objects), Timing(3.0, 20.0))

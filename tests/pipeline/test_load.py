@@ -50,7 +50,7 @@ BAD = {
     ),
     "empty stage": (
         HEAD + "  a:\n",
-        ["stages.a: null is no value here: it must be a mapping", "toy.yaml:3", "(empty)"],
+        ["stages.a: null is not a value here: it must be a mapping", "toy.yaml:3", "(empty)"],
     ),
     "stage is a list": (HEAD + "  a: [1]\n", ["stages.a: must be a mapping", "toy.yaml:3"]),
     "wrong type": (

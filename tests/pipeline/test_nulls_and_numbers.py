@@ -76,7 +76,7 @@ def test_null_is_refused_where_it_means_nothing(base: Path, key: str, hint: str)
     with pytest.raises(UserError) as caught:
         read(base, f"{key}=null")
     said = str(caught.value)
-    assert f"{key}: null is no value here: it must be" in said
+    assert f"{key}: null is not a value here: it must be" in said
     assert hint in said
 
 

@@ -293,7 +293,7 @@ def test_mlflows_database_is_told_of_the_other_bucket(pipeline: Path, s3_uri: st
             return str(database.execute("select artifact_location from experiments").fetchone()[0])
 
     tracking_run.send_leftovers(loaded, Workspace(s3_uri))
-    assert location() == "s3://old/place/mlartifacts", "a new, empty store is no copy"
+    assert location() == "s3://old/place/mlartifacts", "a new, empty store is not a copy"
     S3Store(s3_uri).put_bytes("mlartifacts/run/artifacts/x", b"x")
     tracking_run.send_leftovers(loaded, Workspace(s3_uri))
     assert location() == f"{s3_uri}/mlartifacts"

@@ -333,7 +333,7 @@ def test_a_student_has_an_identity_of_its_own() -> None:
     faster = CONFIG.model_copy(
         update={"teachers": 3, "window": 9, "teacher_cache": True, "views": "regenerated"}
     )
-    assert faster.student_identity("small") == one, "how it is run is no part of it"
+    assert faster.student_identity("small") == one, "how it is run is not part of it"
     longer = CONFIG.model_copy(update={"steps": 4})
     assert longer.student_identity("small") != one
 

@@ -149,19 +149,19 @@ def test_a_condition_has_one_spelling(written: object, kept: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("knn", "no condition"),
-        ("knn => 0.4", "no condition"),
-        ("knn == 0.4", "no condition"),
-        ("0.3 < knn < 0.4", "no condition"),
-        (">= 0.4", "no condition"),
+        ("knn", "is not a condition"),
+        ("knn => 0.4", "is not a condition"),
+        ("knn == 0.4", "is not a condition"),
+        ("0.3 < knn < 0.4", "is not a condition"),
+        (">= 0.4", "is not a condition"),
         ("knn >= champoin", "did you mean champion"),
         ("knn >= half", "there are champion, raw_pixels"),
-        ("knn >= nan", "no number"),
+        ("knn >= nan", "is not a number"),
         ({"beats": "raw_pixel"}, "did you mean raw_pixels"),
-        ({"beat": "raw_pixels"}, "no condition"),
-        ({"beats": 0.4}, "no condition"),
-        (0.4, "no condition"),
-        (True, "no condition"),
+        ({"beat": "raw_pixels"}, "is not a condition"),
+        ({"beats": 0.4}, "is not a condition"),
+        (0.4, "is not a condition"),
+        (True, "is not a condition"),
     ],
 )
 def test_what_is_no_condition_is_refused(wrong: object, said: str) -> None:
@@ -258,7 +258,7 @@ def test_what_passed_and_what_did_not_is_told(
         f"orchestrator.gate.{part}" for part in ("1", "result", "metrics")
     }
     assert tags["orchestrator.gate.1"] == f"knn > majority: passed, knn is 0.42, of majority {MAJORITY}"
-    assert aliases(uri, now) == {"champion": 1}, "it is no challenger any more"
+    assert aliases(uri, now) == {"champion": 1}, "it is not a challenger any more"
 
 
 def test_a_champion_that_no_longer_passes_keeps_its_alias(

@@ -218,7 +218,8 @@ def test_a_folder_that_another_evaluation_removes_meanwhile_is_made_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between being made and being marked as asked for, and later, before what is new is written."""
-    touch, row, gone = os.utime, np.ones((1, 8), np.float32), []
+    touch, row = os.utime, np.ones((1, 8), np.float32)
+    gone: list[Any] = []
 
     def utime(path: Path) -> None:
         if not gone:

@@ -135,7 +135,7 @@ def test_blocks_and_branches_drop_different_rows(draws: Draws, model: str) -> No
 
 @pytest.mark.parametrize("model", ["vit_nano", "convnext_mini"])
 def test_dropped_rows_are_fixed_by_seed_step_and_block(draws: Draws, model: str) -> None:
-    seen = []
+    seen: list[Any] = []
     for place in ((3, 5, 1), (3, 5, 1), (4, 5, 1), (3, 6, 1), (3, 5, 2)):
         draws.clear()
         torch.manual_seed(len(seen))  # the global generator has no say

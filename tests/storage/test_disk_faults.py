@@ -42,7 +42,7 @@ def end_of_process(store: LocalStore) -> None:
 
 
 def litter(root: Path) -> list[str]:
-    """Files in the store that are no objects, after whoever comes next has opened it."""
+    """Files in the store that are not objects, after whoever comes next has opened it."""
     store = LocalStore(root)
     scratch = [path.relative_to(root).as_posix() for path in (root / ".scratch").rglob("*")]
     return scratch + [

@@ -128,7 +128,7 @@ def test_kinds_and_fields_of_later_versions_are_no_damage(spool: Spool) -> None:
     assert [record["op"] for record, _ in spool.read("run")] == ["open", "dance"]
 
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "name": "m", "kind": "vit", "folder": None, "texts": {}, "params": {}, "tags": {}, "metrics": {}, "step": 1,
 }  # fmt: skip
 DATASET = {"name": "photos", "digest": "ab", "uri": "file:///photos", "profile": {}, "used_for": "training"}

@@ -233,7 +233,7 @@ def lost_too_many(one: Account, limit: float, where: str) -> UserError | None:
     share = min(1.0, math.ceil(100 * one.lost_share - 1e-9) / 100)
     return UserError(
         f"{one.lost:,} of the files of dataset {one.source!r} would be left out, {100 * one.lost_share:.0f} % of what "
-        f"may be pictures: {lost.summary()}{which}. Is that meant?",
+        f"may be pictures: {lost.summary()}{which}. Is that intended?",
         where=where,
         hint=f"convert, rename or remove them; if they are not wanted, set `max_left_out: {share:g}` there"
         + _how_to_read(lost),

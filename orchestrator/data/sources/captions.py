@@ -32,7 +32,7 @@ _DELIMITERS = (",", ";", "\t")
 # Names of a folder that are looked through for the nearest one.
 _LOOKED_THROUGH = 2000
 _SHOWN = 3
-# A file that has more, or a line that is longer, is no table that anybody wrote: it is not read.
+# A file that has more, or a line that is longer, is not a table that anybody wrote: it is not read.
 MOST_BYTES = 16 << 30
 _LONGEST_LINE = 16 << 20
 # What follows the last line: a value whose quote is not closed ends in it.
@@ -225,7 +225,7 @@ class DelimitedTable:
                         raise UserError(
                             "a row of the captions file has a NUL character in it",
                             where=f"{self._path}, row that ends on line {line}",
-                            hint="remove the character: it is no part of a text",
+                            hint="remove the character: it is not part of a text",
                         )
                     yield line, row
         except csv.Error as error:
@@ -314,7 +314,7 @@ class _PhotoNames:
         name = _form(written.strip())
         for root in self._roots:
             name = name.removeprefix(root)
-        # Absolute names keep their slash, and `..` stays: it leads out of the folder, or is no name of a listing.
+        # Absolute names keep their slash, and `..` stays: it leads out of the folder, or is not the name of a listing.
         return self._by_form.get(PurePosixPath(name).as_posix())
 
     def near(self, written: str) -> str | None:

@@ -393,7 +393,7 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
     """A hash of what is in a source: paths and contents of all image files, and of the captions file.
 
     Equal for equal content wherever the folder lies and whenever it was written (sha256, 64 hex digits). A file that
-    cannot be read is not part of it, as it is no part of what is trained on. A file that has not changed since it was
+    cannot be read is not part of it, as it is not part of what is trained on. A file that has not changed since it was
     read for this is not read again.
 
     Args:

@@ -167,7 +167,7 @@ def _inside(written: str, roots: Sequence[str], path: Path, line: int) -> str:
     parts = [part for part in found.parts if part != "."]
     if not parts or found.is_absolute() or ".." in parts or "\0" in name:
         raise UserError(
-            f"the manifest names {shortened(repr(written), 200)}, which is no file in {roots[0]}",
+            f"the manifest names {shortened(repr(written), 200)}, which is not a file in {roots[0]}",
             where=f"{path}:{line}",
             hint="`path` is the path from the dataset's folder, with forward slashes",
         )
@@ -283,13 +283,13 @@ def _of_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 record = json.loads(text)
                 if not isinstance(record, dict):
-                    raise ValueError("it is no object")
+                    raise ValueError("it is not an object")
                 there = tuple(name for name in record if name.strip().casefold() in _TOLD)
                 named = known.get(there) or _columns(path, list(record), line)
                 known[there] = named
                 found = {what: record.get(column) for what, column in named.items()}
                 if not isinstance(found["file"], str):
-                    raise ValueError(f"its {named['file']!r} is no text")
+                    raise ValueError(f"its {named['file']!r} is not a text")
                 yield line, found
     except OSError as error:
         raise UserError(f"the manifest cannot be read: {why(error)}", where=str(path)) from error
@@ -317,7 +317,7 @@ def _of_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     row += 1
                     found = {what: column[number] for what, column in cells.items()}
                     if not isinstance(found["file"], str):
-                        raise ValueError(f"`{named['file']}` of row {row} is no text")
+                        raise ValueError(f"`{named['file']}` of row {row} is not a text")
                     yield row, found
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(

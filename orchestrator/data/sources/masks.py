@@ -74,7 +74,7 @@ def mask_pairs(data: MaskData) -> list[tuple[str, str]]:
     wrong = next((mask for _, mask in found if PurePosixPath(mask).suffix.lower() != ".png"), None)
     if wrong is not None:
         raise UserError(
-            f"the mask {shortened(wrong, 200)} is no PNG",
+            f"the mask {shortened(wrong, 200)} is not a PNG",
             where=str(table),
             hint="save masks as PNGs in greys or with a palette, whose values are numbers of classes",
         )
@@ -87,7 +87,7 @@ def _unpacked(table: Path, root: Path) -> Mapping[str, str]:
     A manifest that has not changed since this process unpacked it is not read again: it is asked for several times.
 
     Raises:
-        UserError: a mask is no PNG, a picture has two, or the cache cannot take them.
+        UserError: a mask is not a PNG, a picture has two, or the cache cannot take them.
     """
     status = table.stat()
     look = status.st_size, status.st_mtime_ns, status.st_ino
@@ -107,7 +107,7 @@ def _unpack(table: Path, root: Path, folder: Path, look: tuple[int, ...]) -> Map
         picture = manifest.place_of(written, root, table, row)
         if not mask.startswith(_PNG):
             raise UserError(
-                f"the mask in row {row} of the manifest is no PNG",
+                f"the mask in row {row} of the manifest is not a PNG",
                 where=f"{table}:{row}",
                 hint="save masks as PNGs in greys or with a palette, whose values are numbers of classes",
             )

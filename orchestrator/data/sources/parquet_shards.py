@@ -66,7 +66,7 @@ def rows(path: Path) -> list[Row]:
     Raises:
         NoPicturesError: no column has image bytes.
         DamagedRowsError: its rows cannot be read.
-        ValueError: the file is no Parquet file.
+        ValueError: the file is not a Parquet file.
         OSError: it cannot be read.
     """
     import pyarrow as pa

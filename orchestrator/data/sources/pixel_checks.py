@@ -43,7 +43,7 @@ def unclear_range(name: str, peaks: Sequence[int]) -> UserError | None:
     return UserError(
         f"{files} 16 bits a value, and no value above {max(deep):,}: which one is white?",
         where=f"data.{name}.pixels",
-        hint=f"say it: `pixels: {{range: [0, {white}]}}`; [0, 65535] keeps them as dark as they are",
+        hint=f"set `pixels: {{range: [0, {white}]}}`; [0, 65535] keeps them as dark as they are",
     )
 
 

@@ -39,7 +39,7 @@ def open_member(path: Path | str) -> tuple[io.BufferedReader, int] | None:
     """A picture in a shard or in a bucket, open for reading, and its size in bytes; None for any other path.
 
     Raises:
-        NotAFileError: the shard is no regular file, or ends before the picture.
+        NotAFileError: the shard is not a regular file, or ends before the picture.
         OSError: it cannot be opened.
     """
     text = os.fspath(path)

@@ -28,7 +28,7 @@ from orchestrator.fsio import open_regular, why
 ENDINGS = {"tar": frozenset({".tar"}), "parquet": parquet_shards.ENDINGS}
 # Texts beside a picture, by what they say.
 _CAPTION, _LABEL, _BOTH = ("txt", "caption"), ("cls", "label"), ("json",)
-# A text beside a picture that is larger is no caption.
+# A text beside a picture that is larger is not a caption.
 _LONGEST_TEXT = 1 << 20
 # Names, owners and times of a member; and where a second archive would begin behind the end of the first.
 _LONGEST_HEADER = 4 << 20

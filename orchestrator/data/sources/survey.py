@@ -168,8 +168,8 @@ def _table(folder: Path, files: Sequence[str]) -> tuple[Path | None, Captions, U
 def folder_labels(files: Sequence[str]) -> dict[str, str]:
     """A label for each file from the folders that it lies in, if their names look like labels; else nothing.
 
-    It is the first folder that not all files share and that is no part of a dataset, such as `train`. Names look like
-    labels if nearly all files have one, if there are several with several files on average, and if they are no dates.
+    It is the first folder that not all files share and that is not part of a dataset, such as `train`. Names look like
+    labels if nearly all files have one, if there are several with several files on average, and if they are not dates.
 
     Args:
         files: relative posix paths.

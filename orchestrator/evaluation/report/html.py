@@ -69,7 +69,7 @@ def page(title: str, subtitle: str, tiles: Sequence[Tile], sections: Sequence[Se
 
     Raises:
         FileNotFoundError: a picture is not there.
-        ValueError: a table's row is not as long as its header, or a picture is no PNG.
+        ValueError: a table's row is not as long as its header, or a picture is not a PNG.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -127,5 +127,5 @@ def _parts(text: str) -> list[str]:
 def _png(picture: Picture) -> str:
     data = picture.path.read_bytes()
     if not data.startswith(b"\x89PNG"):
-        raise ValueError(f"{picture.path} is no PNG")
+        raise ValueError(f"{picture.path} is not a PNG")
     return base64.b64encode(data).decode()

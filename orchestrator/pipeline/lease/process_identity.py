@@ -64,7 +64,7 @@ def owner_in(data: bytes, where: str) -> ProcessIdentity:
         UserError: a later version wrote it. Nobody here can tell whether its process lives, so it counts as held.
     """
     version = _OwnerFormat.model_validate_json(data).format
-    # What is no number, or no number of ours, is a later version's way to say it.
+    # What is not a number, or no number of ours, is a later version's way to say it.
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise UserError(
             f"a later version of orchestrator holds this: its record has format "

@@ -35,7 +35,7 @@ _SORTS = {"artifacts": "artifacts", "work": "checkpoints", "ledger": "ledger rec
 class Finding:
     """One thing that was looked at: its name in the store, and what is wrong with it, a line each.
 
-    `finished` is False for what was never finished: it is no damage, and the next run clears it away. `unknown` says
+    `finished` is False for what was never finished: it is not damage, and the next run clears it away. `unknown` says
     why it could not be compared, of what a later version wrote.
     """
 

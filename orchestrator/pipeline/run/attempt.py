@@ -133,7 +133,7 @@ class Attempt:
             except Stopped:
                 outcome = Outcome("stopped", 0.0)
             except Exception as error:
-                # A worker that got the same Ctrl-C may die before the stage can stop: that is no failure.
+                # A worker that got the same Ctrl-C may die before the stage can stop: that is not a failure.
                 shown = error = printable(error)
                 if disk.is_full(error) and not isinstance(error, UserError):
                     shown = full_disk(error, self.workspace)
@@ -305,7 +305,7 @@ def _checked_figures(returned: object) -> dict[str, float]:
     """
     hint = "return a mapping of names to numbers, such as {'last_loss': 0.5}, or {}"
     if not isinstance(returned, Mapping):
-        raise UserError(f"`run` returned {shortened(repr(returned), 100)}, which is no mapping", hint=hint)
+        raise UserError(f"`run` returned {shortened(repr(returned), 100)}, which is not a mapping", hint=hint)
     if len(returned) > _MAX_FIGURES:
         raise UserError(f"`run` returned {len(returned):,} figures, more than {_MAX_FIGURES:,}", hint=hint)
     figures = {}

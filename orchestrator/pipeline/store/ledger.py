@@ -82,7 +82,7 @@ class Event(Strict):
         anew: the attempt is to replace an artifact that is there.
     """
 
-    # JSON has no NaN and pydantic would write null, which is no float when read back.
+    # JSON has no NaN and pydantic would write null, which is not a float when read back.
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
 
     format: int = FORMAT

@@ -62,7 +62,7 @@ def best_of(scores: Sequence[CheckpointScore], by: str | None = None) -> Best:
 
 
 def goodness(name: str, value: float) -> float:
-    """A number that is larger for the better of two values of a figure; a value that is no number is the worst."""
+    """A number that is larger for the better of two values of a figure; a value that is not a number is the worst."""
     sign = -1.0 if name.rpartition("/")[2] in _ERRORS else 1.0
     return sign * value if math.isfinite(value) else -math.inf
 

@@ -48,7 +48,7 @@ class Registering:
         """
         if not _NAME.fullmatch(self.name):
             raise UserError(
-                f"{shortened(self.name, 80)!r} is no name of a registered model",
+                f"{shortened(self.name, 80)!r} is not the name of a registered model",
                 where="--register",
                 hint="use letters, digits, dots, dashes and underscores",
             )
@@ -84,7 +84,7 @@ class Registering:
     def _own(self, holder: AliasedVersion | None) -> AliasedVersion | None:
         if holder is not None and _WATCHED not in holder.tags:
             raise UserError(
-                f"{self.name}@{self.alias} is version {holder.version}, which no watcher registered, and stays so",
+                f"{self.name}@{self.alias} is version {holder.version}, which no watcher registered: it is left alone",
                 where="--alias",
                 hint="choose another alias, or another name for --register",
             )

@@ -115,7 +115,7 @@ class ModelWatch:
         self.run.metrics(known, score.step, _CHANNEL)
         name = self.training.name
         self.say(f"{name}, step {score.step:,}: {best.name} {score.figures[best.name]}; best so far: {best}")
-        # A model whose figure is no number is the best only where there is no other: nobody is to use it.
+        # A model whose figure is not a number is the best only where there is no other: nobody is to use it.
         if best.step != score.step or not math.isfinite(best.figure.value):
             return
         if self.keep is not None:
@@ -283,9 +283,9 @@ def _check_options(options: WatchOptions) -> None:
     """Raises UserError if no one can wait so long."""
     if not 0 < options.every_s <= _MOST_SECONDS:
         raise UserError(
-            f"{options.every_s:g} seconds are no time between two looks",
+            f"the time between two checks cannot be {options.every_s:g} seconds",
             where="--every",
-            hint="give at most a day",
+            hint="give more than 0 s and at most a day",
         )
 
 
@@ -339,7 +339,9 @@ def _check_free(target: Path) -> None:
             return
         # Between the two questions another watcher may have moved its model away: the next moment tells.
         time.sleep(_LOOK_AGAIN_S)
-    raise UserError(f"{target} is there, and no watcher wrote it", where="--keep", hint="name another folder")
+    raise UserError(
+        f"{target} exists, and was not written by a watcher", where="--keep", hint="name another folder"
+    )
 
 
 def _tracking(loaded: LoadedPipeline, spool: Path) -> Tracking:

@@ -114,7 +114,7 @@ def parse(text: str | bytes, path: Path) -> CheckpointManifest:
     """The checkpoint whose manifest reads `text`.
 
     Raises:
-        CheckpointError: it is no manifest of this format.
+        CheckpointError: it is not a manifest of this format.
         LaterFormatError: a later version of this program wrote it.
     """
     try:

@@ -87,7 +87,7 @@ def test_masks_and_weights_are_part_of_the_key_of_finetune_and_evaluate(folder: 
         ),
         ("path,mask\nimages/9.png,masks/0.png", "1 picture of the manifest cannot be found"),
         ("path,caption\nimages/0.png,x", "the manifest gives no picture a mask"),
-        ("path,mask\nimages/0.png,m.csv", "the mask m.csv is no PNG"),
+        ("path,mask\nimages/0.png,m.csv", "the mask m.csv is not a PNG"),
         (
             "path,mask\nimages/0.png,masks/0.png\nimages/0.png,masks/1.png",
             "the masks masks/0.png and masks/1.png",
@@ -186,7 +186,7 @@ def test_a_mask_in_a_manifest_that_is_none_is_one_message(
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder / "cache"))
     mask = (folder / "masks/0.png").read_bytes()
     data = _parquet(folder, [mask, b"GIF89a"], pa.binary())
-    with pytest.raises(UserError, match="the mask in row 2 of the manifest is no PNG") as caught:
+    with pytest.raises(UserError, match="the mask in row 2 of the manifest is not a PNG") as caught:
         DensePictures(data)
     assert caught.value.where == f"{folder / 'm.parquet'}:2"
     other = (folder / "masks/1.png").read_bytes()
@@ -244,7 +244,7 @@ stages:
         load(folder / "p.yaml", [])
     said = str(caught.value)
     if manifest == "m.csv":
-        assert "names '../images/0.png', which is no file in" in said
+        assert "names '../images/0.png', which is not a file in" in said
         assert f"at   {data / 'm.csv'}:2\n" in said
     else:
         assert "no such file" in said

@@ -37,7 +37,7 @@ def _jpeg(number: int) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two shards by the tar program, of files as WebDataset has them; one file that is no tar."""
+    """Two shards by the tar program, of files as WebDataset has them; one file that is not a tar."""
     loose, root = tmp_path / "loose", tmp_path / "tars"
     loose.mkdir()
     (root / "part").mkdir(parents=True)
@@ -318,7 +318,7 @@ def test_a_shard_that_became_unreadable_counts_as_the_pictures_it_had(folder: Pa
     assert accounts.lost_too_many(account, 0.43, "data.x.max_left_out") is None
     error = accounts.lost_too_many(account, 0.42, "data.x.max_left_out")
     assert error is not None
-    assert "3 unreadable shard (a.tar 3), such as a.tar. Is that meant?" in error.what
+    assert "3 unreadable shard (a.tar 3), such as a.tar. Is that intended?" in error.what
     assert "copy the shards again" in (error.hint or "")
 
 

@@ -116,7 +116,7 @@ def test_a_head_that_does_not_fit_is_a_mistake_and_no_traceback(
         orchestrator.load(tmp_path / "model")
     record["extra"]["head"] |= {"type": "classification", "classes": "cde"}
     (tmp_path / "model/config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="`classes` of the head is 'cde'; it is a list"):
+    with pytest.raises(UserError, match="`classes` of the head is 'cde'; it must be a list"):
         orchestrator.load(tmp_path / "model")
 
 
@@ -147,7 +147,7 @@ def test_a_network_of_transformers_is_tuned_and_loads_again(mode: str, index: Pa
 @pytest.mark.parametrize(
     ("lora", "said", "where"),
     [
-        ({"targets": ["q_proj"]}, "no linear layer is meant by the target 'q_proj'", "targets"),
+        ({"targets": ["q_proj"]}, "no linear layer matches the target 'q_proj'", "targets"),
         ({"rank": 50}, "rank 50 is more than the smaller side", "rank"),
     ],
 )
@@ -194,7 +194,7 @@ def test_the_best_step_is_the_first_of_the_best() -> None:
     assert best_step(stage, looks) == 4
     assert best_step(stage, []) == 5
     looks[0]["metrics"]["accuracy"] = float("nan")
-    assert best_step(stage, looks) == 4, "what is no number is not the best"
+    assert best_step(stage, looks) == 4, "what is not a number is not the best"
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth", "detection"])
