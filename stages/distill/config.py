@@ -29,7 +29,7 @@ from orchestrator.stages.common.weights import (
     check_frozen,
     files_of,
 )
-from orchestrator.stages.distill.features import FeatureObjective
+from orchestrator.stages.distill.features import OWN, FeatureObjective
 from orchestrator.stages.distill.student_config import Student
 
 if TYPE_CHECKING:
@@ -285,7 +285,8 @@ class Distill(MultiCropStage):
         crops, tower, heads = self.crops, recipe.tower, recipe.heads
         patches = (crops.global_size // tower.patch_size) ** 2
         if self.features is not None:
-            width = feature_dim(tower) * (1 + patches) if self.features.uses_own else 0
+            rows = self.features.terms_of(OWN).rows(patches)
+            width = feature_dim(tower) * rows if self.features.uses_own else 0
         else:
             masked = masked_share(self.mask_probability, self.mask_ratio, self.block_size * crops.num_global)
             width = heads.dino_bottleneck + round(masked * patches) * heads.ibot_bottleneck

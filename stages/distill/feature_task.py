@@ -48,18 +48,18 @@ class ProjectedBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(model, drop_path, overrides)
-        has_cls = objective.cls_weight + objective.local_weight > 0
 
-        def heads() -> nn.ModuleDict:
+        def heads(names: Sequence[str]) -> nn.ModuleDict:
             # A dict of modules has no place for names such as `keys`, so the teacher's is set off.
-            widths = {f"of_{name}": shape.dim for name, shape in shapes.items()}
+            widths = {f"of_{name}": shapes[name].dim for name in names}
             return nn.ModuleDict(
                 {name: _projection(self.backbone.dim, objective.hidden, dim) for name, dim in widths.items()}
             )
 
         # A parameter that no loss reaches would have no gradient on any worker.
-        self.cls_heads = heads() if has_cls else nn.ModuleDict()
-        self.patch_heads = heads() if objective.patch_weight > 0 else nn.ModuleDict()
+        terms = {name: objective.terms_of(name) for name in shapes}
+        self.cls_heads = heads([name for name, weights in terms.items() if weights.uses_cls])
+        self.patch_heads = heads([name for name, weights in terms.items() if weights.patches])
 
     @property
     def patch_size(self) -> int:
@@ -82,7 +82,8 @@ class ProjectedBackbone(nn.Module):
             generator: of drop-path and RoPE rescales.
 
         Returns:
-            NAME.cls (N+L, D) and NAME.patches (N, P, D), D being the teacher's width and P the cells of its grid.
+            NAME.cls (N+L, D) and NAME.patches (N, P, D) of what has a weight, D being the teacher's width and P the
+            cells of its grid.
         """
         features, cls_ND = forward_views(self.backbone, globals_NCHW, locals_LCHW, None, generator)
         height, width = globals_NCHW.shape[-2:]
@@ -157,13 +158,20 @@ class FeatureTask:
 
     @torch.no_grad()
     def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[dict[str, Tensor]]:
-        """What the teachers say of each block: NAME.cls (G, B, D) and NAME.patches (G·B, P, D) on the common grid."""
+        """What the teachers say of each block: NAME.cls (G, B, D) and NAME.patches (G·B, P, D) on the common grid.
+
+        Only what has a weight.
+        """
         result = []
         for block in blocks:
-            found = {f"{name}.cls": block.tensors[f"{name}.cls"] for name in self.shapes}
+            found = {}
             for name, grid in self._grids(block).items():
-                patches_NPD = flat_views(block.tensors[f"{name}.patches"])
-                found[f"{name}.patches"] = resize_tokens(patches_NPD, self.shapes[name].grid, grid)
+                weights = self.objective.terms_of(name)
+                if weights.uses_cls:
+                    found[f"{name}.cls"] = block.tensors[f"{name}.cls"]
+                if weights.patches:
+                    patches_NPD = flat_views(block.tensors[f"{name}.patches"])
+                    found[f"{name}.patches"] = resize_tokens(patches_NPD, self.shapes[name].grid, grid)
             result.append(found)
         return result
 
@@ -194,19 +202,19 @@ class FeatureTask:
         self, name: str, out: Mapping[str, Tensor], target: Mapping[str, Tensor], num_globals: int
     ) -> dict[str, Tensor]:
         """One teacher's weighted terms."""
-        objective = self.objective
+        weights = self.objective.terms_of(name)
         terms = {}
-        cls_GBD = target[f"{name}.cls"]
-        if objective.cls_weight:
-            said_ND = out[f"{name}.cls"][:num_globals]
-            terms["cls"] = objective.cls_weight * self._distance(said_ND, flat_views(cls_GBD))
-        if objective.patch_weight:
+        if weights.cls:
+            said_ND, wanted_GBD = out[f"{name}.cls"][:num_globals], target[f"{name}.cls"]
+            terms["cls"] = weights.cls * self._distance(said_ND, flat_views(wanted_GBD))
+        if weights.patches:
             said_NPD, wanted_NPD = out[f"{name}.patches"], target[f"{name}.patches"]
-            terms["patches"] = objective.patch_weight * self._distance(said_NPD, wanted_NPD)
-        if objective.local_weight and len(out[f"{name}.cls"]) > num_globals:
-            said_LBD = out[f"{name}.cls"][num_globals:].unflatten(0, (-1, cls_GBD.shape[1]))
-            wanted_LBD = cls_GBD.float().mean(dim=0).expand_as(said_LBD)
-            terms["local"] = objective.local_weight * self._distance(said_LBD, wanted_LBD)
+            terms["patches"] = weights.patches * self._distance(said_NPD, wanted_NPD)
+        if weights.local and len(out[f"{name}.cls"]) > num_globals:
+            wanted_GBD = target[f"{name}.cls"]
+            said_LBD = out[f"{name}.cls"][num_globals:].unflatten(0, (-1, wanted_GBD.shape[1]))
+            wanted_LBD = wanted_GBD.float().mean(dim=0).expand_as(said_LBD)
+            terms["local"] = weights.local * self._distance(said_LBD, wanted_LBD)
         return terms
 
     def _distance(self, said_XD: Tensor, wanted_XD: Tensor) -> Tensor:

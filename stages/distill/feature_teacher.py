@@ -48,7 +48,7 @@ class Prepared:
 
 
 class FeatureTeacher:
-    """What headless teachers say about a step: NAME.cls (G, B, D) and NAME.patches (G, B, P, D) of each.
+    """What headless teachers say about a step: NAME.cls (G, B, D) and NAME.patches (G, B, P, D) of what has a weight.
 
     It follows from the step's number alone.
 
@@ -129,6 +129,7 @@ class Teachers:
             sources = {OWN: TeacherSource.model_validate({"from": own, "bands": config.teacher_bands})}
         sources = {name: as_recorded(source) for name, source in sources.items()}
         self._sources, self._pixels = sources, config.pixels
+        self._terms = {name: objective.terms_of(name) for name in sources}
         for name, source in sources.items():
             try:
                 source.channels(self._pixels)
@@ -152,13 +153,18 @@ class Teachers:
 
     @torch.inference_mode()
     def __call__(self, images_NCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """NAME.cls (N, D) and NAME.patches (N, P, D) of uint8 images, fp32 on the CPU, teacher by teacher."""
+        """NAME.cls (N, D) and NAME.patches (N, P, D) of uint8 images, fp32 on the CPU, teacher by teacher.
+
+        Only what has a weight, so that nothing else is measured and sent.
+        """
         for name, net in self._nets.items():
             seen_NCHW = as_seen(images_NCHW.to(self._device), self._sources[name], net.size, self._pixels)
             with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
                 tokens: Tokens = net(seen_NCHW)
-            yield f"{name}.cls", tokens.cls.float().cpu()
-            yield f"{name}.patches", tokens.patches.float().cpu()
+            if self._terms[name].uses_cls:
+                yield f"{name}.cls", tokens.cls.float().cpu()
+            if self._terms[name].patches:
+                yield f"{name}.patches", tokens.patches.float().cpu()
 
 
 def prepare(
@@ -191,7 +197,10 @@ def prepare(
 def bytes_per_image(config: Distill, objective: FeatureObjective, shapes: Mapping[str, TeacherShape]) -> int:
     """Bytes of what the teachers say about one image."""
     width = 2 if objective.dtype == "fp16" else 4
-    features = sum(shape.dim * (1 + shape.grid[0] * shape.grid[1]) for shape in shapes.values())
+    features = sum(
+        shape.dim * objective.terms_of(name).rows(shape.grid[0] * shape.grid[1])
+        for name, shape in shapes.items()
+    )
     return config.crops.num_global * width * features + 8
 
 

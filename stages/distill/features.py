@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -31,6 +31,23 @@ class TeacherShape(Strict):
     grid: tuple[int, int]
 
 
+class TermWeights(NamedTuple):
+    """The weights of one teacher's losses: on its image features, on its patch features, and on local crops."""
+
+    cls: float
+    patches: float
+    local: float
+
+    @property
+    def uses_cls(self) -> bool:
+        """Whether any loss asks for the teacher's image features."""
+        return self.cls + self.local > 0
+
+    def rows(self, cells: int) -> int:
+        """How many features of a view are asked for, where its patches are `cells`."""
+        return self.uses_cls + (cells if self.patches else 0)
+
+
 class TeacherSource(NetworkSource):
     """A teacher without heads. Exactly one of `from`, `timm`, `transformers` and `module` is given.
 
@@ -42,6 +59,17 @@ class TeacherSource(NetworkSource):
     weight: float = Field(
         1.0, gt=0, description="The weight of this teacher's loss relative to other teachers."
     )
+    cls_weight: float | None = in_key_if_set(
+        None,
+        ge=0,
+        description="The weight of the loss on this teacher's image features (CLS). Default: `cls_weight` of "
+        "`features`.",
+    )
+    patch_weight: float | None = in_key_if_set(
+        None,
+        ge=0,
+        description="The weight of the loss on this teacher's patch features. Default: `patch_weight` of `features`.",
+    )
     size: Side | None = Field(
         None,
         description="The side that global crops are resized to for this teacher, in pixels. Default: they are not "
@@ -52,8 +80,8 @@ class TeacherSource(NetworkSource):
 class FeatureObjective(Settings):
     """Distillation of teachers without heads: cosine and smooth-L1 losses on image and patch features.
 
-    A student has two projections for each teacher, one of CLS and one of the patches. Feature maps with different
-    grids are compared on the coarser grid.
+    A student has two projections for each teacher, one of CLS and one of the patches, but none for what has no weight.
+    Feature maps with different grids are compared on the coarser grid.
     """
 
     teachers: dict[TeacherName, TeacherSource] = Field(
@@ -99,8 +127,12 @@ class FeatureObjective(Settings):
 
     @model_validator(mode="after")
     def _learns(self) -> FeatureObjective:
-        if self.cls_weight + self.patch_weight + self.local_weight == 0:
-            raise ValueError("nothing is learnt: cls_weight, patch_weight and local_weight are all 0")
+        for name in self.weights:
+            if sum(self.terms_of(name)) == 0:
+                who = f" from the teacher {name!r}" if self.teachers else ""
+                raise ValueError(
+                    f"nothing is learnt{who}: cls_weight, patch_weight and local_weight are all 0"
+                )
         if not self.whiten and "whiten_images" in self.model_fields_set:
             raise ValueError("whiten_images is for `whiten: true`: leave it out")
         return self
@@ -109,6 +141,16 @@ class FeatureObjective(Settings):
     def weights(self) -> dict[str, float]:
         """Each teacher's weight."""
         return {name: source.weight for name, source in self.teachers.items()} or {OWN: 1.0}
+
+    def terms_of(self, name: str) -> TermWeights:
+        """The weights of a teacher's terms, which its own `weight` multiplies."""
+        source = self.teachers.get(name)
+        own = (source.cls_weight, source.patch_weight) if source else (None, None)
+        return TermWeights(
+            self.cls_weight if own[0] is None else own[0],
+            self.patch_weight if own[1] is None else own[1],
+            self.local_weight,
+        )
 
     @property
     def uses_own(self) -> bool:

@@ -190,6 +190,40 @@ def bilinear(patches: Tensor, before: int, after: int) -> Tensor:
     return F.interpolate(maps, (after, after), mode="bilinear", antialias=True).flatten(-2).transpose(-1, -2)
 
 
+def test_a_teacher_has_weights_of_its_own(views: partial[StepViews], folders: dict[str, Path]) -> None:
+    """Those that it does not have are the objective's; what has none is neither measured, sent nor projected."""
+    fields = {"cls_weight": 0.5, "patch_weight": 2.0, "whiten": True, "whiten_images": 8}
+    plain = objective(folders, **fields)
+    teachers = {
+        "a": plain.teachers["a"].model_copy(update={"cls_weight": 0.0, "patch_weight": 3.0}),
+        "b": plain.teachers["b"].model_copy(update={"patch_weight": 0.0}),
+    }
+    wanted = plain.model_copy(update={"teachers": teachers})
+    prepared = prepare(CONFIG, wanted, views)
+    assert prepared.whitening.keys() == {"a.patches", "b.cls"}
+    teacher = FeatureTeacher(CONFIG, wanted, views, prepared)
+    said, all_said = teacher(3)[TEACHER], make_teacher(plain, views)(3)[TEACHER]
+    assert said.keys() == {"a.patches", "b.cls", "ids"}
+    for name, array in said.items():
+        np.testing.assert_array_equal(array, all_said[name])
+    sizes = sum(array.nbytes for array in said.values()) / CONFIG.batch_size
+    assert bytes_per_image(CONFIG, wanted, prepared.shapes) == sizes
+
+    tensors = first_block(teacher(3))
+    task = FeatureTask(CONFIG, CONFIG.students["vit"], wanted, prepared.shapes, seed=1)
+    net = task.build("cpu").trainable.eval()
+    assert (net.cls_heads.keys(), net.patch_heads.keys()) == ({"of_b"}, {"of_a"})
+    losses = task.losses(tensors, task.targets([tensors], lambda tensor: tensor)[0])
+    losses.total.backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    with torch.no_grad():
+        seen = net.backbone(normalise(tensors.tensors["globals"].flatten(0, 1)))
+        patches, cls = net.patch_heads["of_a"](seen.patches), net.cls_heads["of_b"](seen.cls)
+    total = 2.0 * 3.0 * feature_loss(patches, tensors.tensors["a.patches"].flatten(0, 1), 0.9)
+    total += 0.5 * 0.5 * feature_loss(cls, tensors.tensors["b.cls"].flatten(0, 1), 0.9)
+    torch.testing.assert_close(losses.total.double(), total, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("student", ["vit", "cnn"])
 @pytest.mark.parametrize("hidden", [None, 7])
 def test_the_loss_is_the_weighted_sum_of_the_formulas(

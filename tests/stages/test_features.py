@@ -57,6 +57,10 @@ def test_sources_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     ("fields", "message"),
     [
         ({"cls_weight": 0, "patch_weight": 0}, "nothing is learnt"),
+        (
+            {"teachers": {"a": {"timm": "c"}, "b": {"timm": "c", "cls_weight": 0, "patch_weight": 0}}},
+            "nothing is learnt from the teacher 'b'",
+        ),
         ({"whiten_images": 8}, "whiten_images is for `whiten: true`"),
         ({"teachers": {"a.b": {"timm": "c"}}}, "should match pattern"),
         ({"teachers": {"a/b": {"timm": "c"}}}, "should match pattern"),
