@@ -15,7 +15,6 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,9 @@ from orchestrator.data.bands import shown_rgb
 from orchestrator.data.curation.descriptor import DIM, describe
 from orchestrator.data.decode import UnreadableImage, use_rgb
 from orchestrator.data.index import ImageIndex
+from orchestrator.data.large_arrays import stacked
 from orchestrator.data.named_splits import KnownFiles, SplitOf, files_of, split_of
+from orchestrator.data.read_ahead import in_order
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError, nearest, shortened
 
@@ -36,7 +37,11 @@ Ids = NDArray[np.int64]
 
 # Of the folder of an artifact that a curation made.
 _DESCRIPTORS = "embeddings.npy"
-_CHUNK = 1024
+# Pictures that are compared with all later ones at a time, and the number of similarities above which there are fewer
+# of them.
+_CHUNK, _MOST_SIMILARITIES = 1024, 2**24
+# Descriptors that wait for each thread's turn.
+_WAITING = 8
 # Every picture is compared with every other one. Of more, that would take minutes.
 _MOST_COMPARED = 150_000
 
@@ -248,9 +253,10 @@ class _Near:
 
     def _search(self, unit_ND: NDArray[np.float32]) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
-        for start in range(0, len(unit_ND), _CHUNK):
+        step = min(_CHUNK, _MOST_SIMILARITIES // max(1, len(unit_ND)))
+        for start in range(0, len(unit_ND), step):
             self._stop()
-            rows, others = np.nonzero(unit_ND[start : start + _CHUNK] @ unit_ND[start:].T >= self._threshold)
+            rows, others = np.nonzero(unit_ND[start : start + step] @ unit_ND[start:].T >= self._threshold)
             found += [
                 (start + a, start + b) for a, b in zip(rows.tolist(), others.tolist(), strict=True) if a < b
             ]
@@ -260,11 +266,13 @@ class _Near:
         """(N, 336) of unit length: those that the curation computed, or else of every picture."""
         path = self._folder / _DESCRIPTORS if self._folder is not None else None
         if path is not None and path.is_file():
-            kept: NDArray[np.float32] = np.load(path, allow_pickle=False)
+            kept: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
             if kept.shape == (len(self._index), DIM):
                 return kept
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return np.array(list(pool.map(self._describe, range(len(self._index)))), dtype=np.float32)
+        count, loaders = len(self._index), os.cpu_count() or 1
+        made = in_order(self._describe, range(count), loaders, ahead=_WAITING * loaders)
+        found: NDArray[np.float32] = stacked((one_D[None] for one_D in made), count)
+        return found
 
     def _describe(self, row: int) -> NDArray[np.float32]:
         self._stop()

@@ -11,11 +11,11 @@ from pathlib import Path
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square
+from orchestrator.data.read_ahead import in_order
 from orchestrator.data.sources.folder import LeftOut, Listing, shown
 from orchestrator.errors import UserError
 from orchestrator.inference.embedded_parts import EVERY_S, EmbeddedParts
 from orchestrator.inference.embeddings import EmbeddedFile, EmbeddingsWriter, Floats, Made, writing
-from orchestrator.inference.images import in_order
 from orchestrator.inference.model import Model
 
 Progress = Callable[[int, int], None]

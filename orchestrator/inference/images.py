@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +14,7 @@ from PIL import Image
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.bands import seen
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square, rgb_of, square
+from orchestrator.data.read_ahead import in_order
 from orchestrator.data.sources.folder import shown
 from orchestrator.errors import UserError, first_line, shortened
 
@@ -25,8 +23,6 @@ ImageLike = str | Path | Image.Image | Pixels
 
 _RGB = 3
 
-T = TypeVar("T")
-R = TypeVar("R")
 
 # More threads than that decode no faster than a model embeds, and each holds a picture.
 _MOST_LOADERS = 8
@@ -88,26 +84,3 @@ def squares_of(
     found = in_order(read, images, loaders, ahead=2 * batch)
     while taken := list(islice(found, batch)):
         yield taken
-
-
-def in_order(call: Callable[[T], R], items: Iterable[T], loaders: int, ahead: int) -> Iterator[R]:
-    """What `call` makes of each item, in order, by several threads.
-
-    Args:
-        call: must release the interpreter lock, as decoders do, for threads to help.
-        items: are taken as they are needed.
-        loaders: the number of threads.
-        ahead: the most results that wait for the caller, who may be busy with a model meanwhile.
-    """
-    pool = ThreadPoolExecutor(loaders, thread_name_prefix="loader")
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        # Of what nobody takes any more, whatever ended this, nothing is waited for.
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -113,7 +113,7 @@ def features_of(
         labels=pool.labels,
         photos=_names(pool),
         seed=seed,
-        patches=lambda: patch_crops(tower, crops.batches(tower.size, batch), check),
+        patches=lambda: patch_crops(tower, crops.batches(tower.size, batch), len(crops.rows), check),
         splits=pool.places,
         size=tower.size,
         at_scale=lambda scale: embed_at(tower, crops, scale, batch, check),

@@ -30,6 +30,8 @@ from orchestrator.storage.open import fetch
 logger = logging.getLogger("orchestrator")
 
 RAW_SIDE = 32
+# The number of the baselines among the parts of an evaluation; models count from 1.
+_BASELINES = 0
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ def score_all(
         workers: models at once on the Ray cluster; None for one after another in this process.
     """
     meter = Meter(work.name, len(models), "models scored")
-    photos = Photos.of(work, check)
-    found = baselines(work, models, photos.crops, check)
     parts: dict[int, Scored] = {}
     if workers is None:
+        photos = Photos.of(work, check)
+        parts[_BASELINES] = baselines(work, next(iter(models), None), photos.crops, check)
         for number, model in enumerate(models, 1):
             meter.add(0, model.name)
             parts[number] = score_one(work, number, model, photos, out, check)
@@ -110,7 +112,9 @@ def score_all(
         for number, scored in _on_ray(work, models, out, workers):
             check()
             parts[number] = scored
-            meter.add(1, models[number - 1].name)
+            if number != _BASELINES:
+                meter.add(1, models[number - 1].name)
+    found = parts.pop(_BASELINES)
     for number in sorted(parts):
         found.add(parts[number])
     figures = found.measured.figures
@@ -131,8 +135,8 @@ class Photos:
         return cls(Crops(work.pool.index, work.pool.rows, check), Crops(work.pool.index, work.shown, check))
 
 
-def baselines(work: Work, models: Sequence[Candidate], crops: Crops, check: Check) -> Scored:
-    """Rows of raw pixels and of answers that look at no picture; patches of pixels are of the first model's size."""
+def baselines(work: Work, model: Candidate | None, crops: Crops, check: Check) -> Scored:
+    """Rows of raw pixels and of answers that look at no picture; patches of pixels are of the size of `model`."""
     found, groups = Scored(), work.pool.groups
     # In the order of the stage.
     found.measured.figures = {metric.title: {} for metric in work.metrics}
@@ -142,10 +146,10 @@ def baselines(work: Work, models: Sequence[Candidate], crops: Crops, check: Chec
     pixels = of_pixels(raw_ND, work.pool, work.seed, check)
     if groups:
         found.scores = [floor(pixels), score(pixels, work.k, image_size=RAW_SIDE, dim=raw_ND.shape[1])]
-    if crops.rows and models and any(metric.of_pixels for metric in work.metrics):
-        first = models[0].load()
+    if crops.rows and model is not None and any(metric.of_pixels for metric in work.metrics):
+        tower = model.load()
         seen = replace(
-            pixels, size=first.size, patch=first.patch, maps=partial(pixel_maps, patch=first.patch)
+            pixels, size=tower.size, patch=tower.patch, maps=partial(pixel_maps, patch=tower.patch)
         )
         for metric in work.metrics:
             if metric.of_pixels:
@@ -176,7 +180,7 @@ def score_one(work: Work, number: int, model: Candidate, photos: Photos, out: Pa
 def _measure(
     work: Work, model: Candidate, tower: Tower, crops: Crops, found: Scored, out: Path, check: Check
 ) -> None:
-    cls_ND = embed_crops(tower, crops.batches(tower.size, work.batch), check)
+    cls_ND = embed_crops(tower, crops.batches(tower.size, work.batch), len(crops.rows), check)
     features = features_of(
         model.name, model.family, tower, crops, cls_ND, work.pool, work.batch, work.seed, check
     )
@@ -204,7 +208,10 @@ _RETRIES = 3
 
 
 def _on_ray(work: Work, models: Sequence[Candidate], out: Path, workers: int) -> Iterator[tuple[int, Scored]]:
-    """Scored models as they become ready. A task is one model: so much is in a worker's memory at a time."""
+    """Scored models as they become ready. A task is one model: so much is in a worker's memory at a time.
+
+    The baselines are a task, too, so that no device waits for them; it has the number `_BASELINES`.
+    """
     import ray
 
     from orchestrator.data.curation.block_workers import RayWorkers
@@ -212,7 +219,9 @@ def _on_ray(work: Work, models: Sequence[Candidate], out: Path, workers: int) ->
     gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     pool = RayWorkers(workers, gpus=gpus, ahead=1, max_retries=_RETRIES)
     run: Callable[..., Iterator[_Answer]] = pool.run
-    for number, scored, files in run(_task, pool.share(work), None, list(enumerate(models, 1))):
+    baseline: tuple[int, Candidate | None] = (_BASELINES, next(iter(models), None))
+    pieces = [baseline, *enumerate(models, 1)]
+    for number, scored, files in run(_task, pool.share(work), None, pieces):
         if isinstance(scored, UserError):
             raise scored
         for name, data in files.items():
@@ -231,7 +240,7 @@ def _go_on() -> None:
     """The driver stops a task, not the task itself."""
 
 
-def _task(work: Work, _: None, piece: tuple[int, Candidate]) -> _Answer:
+def _task(work: Work, _: None, piece: tuple[int, Candidate | None]) -> _Answer:
     """In a worker: a model's rows, and its pictures as bytes, since a worker may not see the driver's folder."""
     number, model = piece
     for store, kind, key in work.needed:
@@ -239,7 +248,11 @@ def _task(work: Work, _: None, piece: tuple[int, Candidate]) -> _Answer:
     with tempfile.TemporaryDirectory() as folder:
         try:
             photos = Photos.of(work, _go_on)
-            scored: Scored | UserError = score_one(work, number, model, photos, Path(folder), _go_on)
+            scored: Scored | UserError
+            if number == _BASELINES or model is None:
+                scored = baselines(work, model, photos.crops, _go_on)
+            else:
+                scored = score_one(work, number, model, photos, Path(folder), _go_on)
         except UserError as error:
             scored = error
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import UnreadableImage, read_rgb, read_square, square
 from orchestrator.data.index import ImageIndex
+from orchestrator.data.large_arrays import empty, stacked
+from orchestrator.data.read_ahead import in_order
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import FoundBoxes
@@ -54,6 +56,8 @@ _taken: WeakKeyDictionary[WrappedNet, dict[int, bool]] = WeakKeyDictionary()
 _KEPT = 256 * 2**20
 # Batches that are read while a model computes.
 _AHEAD = 2
+# Squares that wait for each thread's turn.
+_WAITING = 8
 
 
 @dataclass(frozen=True)
@@ -129,15 +133,9 @@ class Crops:
     def at(self, size: int) -> Pixels:
         """(N, size, size, 3) uint8, or uint16 where the index says so, as `orchestrator.embed` sees them."""
         if size not in self._kept:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                squares = pool.map(partial(self._square, size=size), self.rows)
-                first = next(squares)
-                # Laid down one by one: a list of them beside their stack would take the memory twice.
-                kept = np.empty((len(self.rows), *first.shape), first.dtype)
-                kept[0] = first
-                for at, pixels in enumerate(squares, 1):
-                    kept[at] = pixels
-            self._kept[size] = kept
+            read, loaders = partial(self._square, size=size), os.cpu_count() or 1
+            squares = in_order(read, self.rows, loaders, ahead=_WAITING * loaders)
+            self._kept[size] = stacked((pixels[None] for pixels in squares), len(self.rows))
         return self._kept[size]
 
     def batches(self, size: int, batch: int) -> Iterator[Pixels]:
@@ -275,29 +273,23 @@ def random_tower(tower: Tower, seed: int) -> Tower:
 
 
 @torch.inference_mode()
-def embed_crops(tower: Tower, batches: Iterable[Pixels], check: Check) -> Floats:
+def embed_crops(tower: Tower, batches: Iterable[Pixels], num_crops: int, check: Check) -> Floats:
     """CLS features of batches of square crops, fp32 (N, D), not normalised."""
-    found = []
-    for crops_NHWC in batches:
-        check()
-        found.append(_part(tower, crops_NHWC, "cls"))
-    return np.concatenate(found)
+    return _parts(tower, batches, num_crops, "cls", check)
 
 
 @torch.inference_mode()
-def patch_crops(tower: Tower, batches: Iterable[Pixels], check: Check) -> Floats:
+def patch_crops(tower: Tower, batches: Iterable[Pixels], num_crops: int, check: Check) -> Floats:
     """Patch features of batches of square crops, fp32 (N, P, D), in the order of rows."""
-    found = []
-    for crops_NHWC in batches:
-        check()
-        found.append(_part(tower, crops_NHWC, "patches"))
-    return np.concatenate(found)
+    return _parts(tower, batches, num_crops, "patches", check)
 
 
 def embed_at(tower: Tower, crops: Crops, scale: float, batch: int, check: Check) -> Floats | None:
     """CLS features at a multiple of the tower's size, in whole patches; None if it does not take that size."""
     size = max(1, round(scale * tower.size / tower.patch)) * tower.patch
-    return embed_crops(tower, crops.batches(size, batch), check) if tower.takes(size) else None
+    if not tower.takes(size):
+        return None
+    return embed_crops(tower, crops.batches(size, batch), len(crops.rows), check)
 
 
 def dense_maps(tower: Tower, crops_NHWC: Pixels) -> Floats:
@@ -348,9 +340,19 @@ def feature_maps(tower: Tower, crops_NHWC: Pixels) -> list[Floats]:
 
 def pixel_features(crops_NHWC: Pixels) -> Floats:
     """The raw-pixel baseline: pixels of small crops minus their mean over all photos, (N, H·W·3)."""
-    flat_ND: Floats = crops_NHWC.reshape(len(crops_NHWC), -1).astype(np.float32)
+    flat_ND: Floats = empty((len(crops_NHWC), prod(crops_NHWC.shape[1:])), np.float32)
+    flat_ND[:] = crops_NHWC.reshape(flat_ND.shape)
     flat_ND -= flat_ND.mean(axis=0)
     return flat_ND
+
+
+def _parts(tower: Tower, batches: Iterable[Pixels], num_crops: int, part: Part, check: Check) -> Floats:
+    def of(crops_NHWC: Pixels) -> Floats:
+        check()
+        return _part(tower, crops_NHWC, part)
+
+    found: Floats = stacked(map(of, batches), num_crops)
+    return found
 
 
 def _part(tower: Tower, crops_NHWC: Pixels, part: Part) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, average_precision_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from orchestrator.data import large_arrays
 from orchestrator.evaluation.metric import LEAVE_ONE_OUT, Features, Figure, Metric, checked
 from orchestrator.evaluation.metrics import similarity
 from orchestrator.evaluation.metrics.bootstrap import figure, interval, mean, ratio
@@ -47,6 +49,46 @@ def features(x: np.ndarray, labels: np.ndarray, *, split: bool = True) -> Featur
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "_CHUNK", 13)
+
+
+@pytest.fixture
+def in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Arrays are in files, and worked on a few rows at a time."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    monkeypatch.setattr(large_arrays, "_SMALL", 0)
+    monkeypatch.setattr(large_arrays, "_PIECE", 500)
+
+
+def test_the_scale_is_numpys_to_the_last_bit(in_files: None) -> None:
+    x, _ = clusters()
+    scale = Scale.of(x)
+    np.testing.assert_array_equal(scale.mean_D, x.mean(axis=0, dtype=np.float64))
+    np.testing.assert_array_equal(scale.std_D, x.std(axis=0, dtype=np.float64))
+    np.testing.assert_array_equal(scale(x), ((x - scale.mean_D) / scale.std_D).astype(np.float32))
+
+
+@pytest.mark.parametrize("metric", [Knn(use="knn"), LinearProbe(use="linear_probe"), ImageRetrieval(use="r")])
+@pytest.mark.parametrize("split", [True, False])
+def test_figures_are_the_same_where_features_are_in_files(
+    metric: Metric, split: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if metric.needs_split and not split:
+        pytest.skip("it learns something")
+    x, labels = clusters()
+    wanted = metric.measure(features(x, labels, split=split))
+    request.getfixturevalue("in_files")
+    assert metric.measure(features(x, labels, split=split)) == wanted
+
+
+def test_many_pictures_are_compared_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = similarity.unit(clusters()[0])
+    monkeypatch.setattr(similarity, "_CHUNK", 1024)
+    monkeypatch.setattr(similarity, "_MOST", 20 * len(x))
+    parts = list(similarity.similarities(x[:50], x))
+    assert [len(rows) for rows, _ in parts] == [20, 20, 10]
+    np.testing.assert_allclose(
+        np.concatenate([part for _, part in parts]), x[:50] @ x.T, rtol=1e-6, atol=1e-6
+    )
 
 
 # --- intervals --------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from PIL import Image
 import orchestrator
 from orchestrator.data.decode import read_rgb, square
 from orchestrator.data.index import ImageIndex, ImageRecord
+from orchestrator.data.read_ahead import in_order
 from orchestrator.errors import UserError
 from orchestrator.inference import threads as threads_module
-from orchestrator.inference.images import in_order, square_of
+from orchestrator.inference.images import square_of
 from orchestrator.inference.threads import fitting_threads, flops_of, threads_for
 from orchestrator.models import build, load_pretrained, normalise, preprocess
 from orchestrator.stages.common.aligned import load_aligned

@@ -311,7 +311,7 @@ def test_features_do_not_keep_the_patches_of_their_batch(given: Context) -> None
             gc.collect()
             kept.append(sum(one() is not None for one in seen))
 
-    assert towers.embed_crops(tower, batches(), lambda: None).shape == (8, 4)
+    assert towers.embed_crops(tower, batches(), 8, lambda: None).shape == (8, 4)
     assert kept[-1] <= 1
 
 

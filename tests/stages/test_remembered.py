@@ -94,19 +94,21 @@ def test_only_what_is_new_is_computed(forwards: list[int]) -> None:
     known, more = crops(6), crops(4, seed=1)
     first = remembering(tower(), 1.0)
     assert first.memory is not None
-    plain = embed_crops(tower(), [known], nothing)
+    plain = embed_crops(tower(), [known], len(known), nothing)
     forwards.clear()
-    np.testing.assert_array_equal(embed_crops(first, [known], nothing), plain)
-    np.testing.assert_array_equal(embed_crops(first, [known[:2]], nothing), plain[:2])
+    np.testing.assert_array_equal(embed_crops(first, [known], len(known), nothing), plain)
+    np.testing.assert_array_equal(embed_crops(first, [known[:2]], len(known[:2]), nothing), plain[:2])
     maps = feature_maps(first, known)
     first.memory.flush()
     assert forwards == [6, 6], "CLS and patches are kept apart"
     later = remembering(tower(), 1.0)
     mixed = np.concatenate([known[3:], more, known[:1]])
-    found = embed_crops(later, [mixed], nothing)
+    found = embed_crops(later, [mixed], len(mixed), nothing)
     assert forwards == [6, 6, 4]
     np.testing.assert_array_equal(found[[0, 1, 2, 7]], plain[[3, 4, 5, 0]])
-    np.testing.assert_allclose(found[3:7], embed_crops(tower(), [more], nothing), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found[3:7], embed_crops(tower(), [more], len(more), nothing), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(feature_maps(later, known), maps)
 
 
@@ -179,13 +181,13 @@ def test_code_that_gives_pixels_to_models_is_part_of_the_key() -> None:
 def test_a_damaged_chunk_is_computed_again(cache: Path, forwards: list[int], lost: int | None) -> None:
     first = remembering(tower(), 1.0)
     assert first.memory is not None
-    plain = embed_crops(first, [crops(3)], nothing)
+    plain = embed_crops(first, [crops(3)], 3, nothing)
     first.memory.flush()
     (values,) = cache.rglob("values.npy")
     # A machine that lost its power may leave an empty file.
     values.write_bytes(values.read_bytes()[:-lost] if lost else b"")
     forwards.clear()
-    np.testing.assert_array_equal(embed_crops(remembering(tower(), 1.0), [crops(3)], nothing), plain)
+    np.testing.assert_array_equal(embed_crops(remembering(tower(), 1.0), [crops(3)], 3, nothing), plain)
     assert forwards == [3]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from orchestrator.data.large_arrays import taken
 from orchestrator.evaluation.metric import LEAVE_ONE_OUT, Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import mean
 from orchestrator.evaluation.metrics.knn import labelled
@@ -35,8 +36,10 @@ class ImageRetrieval(Metric):
         split = LEAVE_ONE_OUT if LEAVE_ONE_OUT in rows else "test"
         gallery = rows.get("train", rows.get(LEAVE_ONE_OUT))
         assert gallery is not None, "there are training pictures, or all are"
-        asked = None if split == LEAVE_ONE_OUT else features.cls_ND[rows[split]]
-        precision_M, first_M = retrieve(features.cls_ND[gallery], labels[gallery], asked, labels[rows[split]])
+        asked = None if split == LEAVE_ONE_OUT else taken(features.cls_ND, rows[split])
+        precision_M, first_M = retrieve(
+            taken(features.cls_ND, gallery), labels[gallery], asked, labels[rows[split]]
+        )
         # A label that the gallery has nothing of cannot be found, and is no fault of the features.
         there_M = np.isfinite(precision_M)
         found = {"mean_average_precision": mean(precision_M[there_M], split, features.seed)}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from orchestrator.data.large_arrays import taken
 from orchestrator.evaluation.metric import LEAVE_ONE_OUT, Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import mean
 from orchestrator.evaluation.metrics.similarity import Floats, Rows, similarities, unit
@@ -174,20 +175,19 @@ class Knn(Metric):
         temperatures: Sequence[float | None] = self.temperature if self.vote == "softmax" else (None,)
         if LEAVE_ONE_OUT in rows:
             k, temperature = self.k[0], temperatures[0]
-            bank_ND, of_N = features.cls_ND[rows[LEAVE_ONE_OUT]], classes[LEAVE_ONE_OUT]
+            bank_ND, of_N = taken(features.cls_ND, rows[LEAVE_ONE_OUT]), classes[LEAVE_ONE_OUT]
             hits = nearest(bank_ND, None, k).vote(of_N, k, temperature) == of_N
             return {"accuracy": mean(hits, LEAVE_ONE_OUT, features.seed, _note(k, temperature))}
-        bank_ND, of_N = features.cls_ND[rows["train"]], classes["train"]
-        near = nearest(bank_ND, features.cls_ND[rows["validation"]], max(self.k))
+        bank_ND, of_N = taken(features.cls_ND, rows["train"]), classes["train"]
+        near = nearest(bank_ND, taken(features.cls_ND, rows["validation"]), max(self.k))
         chosen, best = (self.k[0], temperatures[0]), -1.0
         for k in self.k:
             for temperature in temperatures:
                 right = float((near.vote(of_N, k, temperature) == classes["validation"]).mean())
                 if right > best:
                     chosen, best = (k, temperature), right
-        hits = (
-            nearest(bank_ND, features.cls_ND[rows["test"]], chosen[0]).vote(of_N, *chosen) == classes["test"]
-        )
+        near = nearest(bank_ND, taken(features.cls_ND, rows["test"]), chosen[0])
+        hits = near.vote(of_N, *chosen) == classes["test"]
         note = f"{_note(*chosen)}, validation {best:.3f}"
         return {"accuracy": mean(hits, "test", features.seed, note)}
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from orchestrator.data.large_arrays import empty, pieces, taken
 from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import mean
 from orchestrator.evaluation.metrics.knn import MAJORITY, labelled, majority
@@ -48,15 +49,17 @@ class LinearProbe(Metric):
         labels = {
             split: np.array([str(features.labels[row]) for row in part]) for split, part in rows.items()
         }
-        x = Scale.of(features.cls_ND[rows["train"]])(features.cls_ND)
+        parts = {split: taken(features.cls_ND, part) for split, part in rows.items()}
+        scale = Scale.of(parts["train"])
+        x = {split: scale(part) for split, part in parts.items()}
         chosen, best, decay_of = None, -1.0, 0.0
-        for probe, decay in path(x[rows["train"]], labels["train"], self.decay, self.max_iterations):
+        for probe, decay in path(x["train"], labels["train"], self.decay, self.max_iterations):
             features.check()
-            right = float((probe.predict(x[rows["validation"]]) == labels["validation"]).mean())
+            right = float((probe.predict(x["validation"]) == labels["validation"]).mean())
             if right > best:
                 chosen, best, decay_of = probe, right, decay
         assert chosen is not None, "decays have at least one element"
-        logits_MC = np.atleast_2d(scores(chosen, x[rows["test"]]))
+        logits_MC = np.atleast_2d(scores(chosen, x["test"]))
         rank_M = ranks(logits_MC, chosen.classes_, labels["test"])
         note = f"decay={decay_of:g}, validation {best:.3f}"
         found = {"accuracy": mean(rank_M < 1, "test", features.seed, note)}
@@ -79,15 +82,24 @@ class Scale:
     @classmethod
     def of(cls, x_ND: Floats) -> Scale:
         """The scale of training features."""
-        mean_D, std_D = x_ND.mean(axis=0, dtype=np.float64), x_ND.std(axis=0, dtype=np.float64)
+        mean_D = x_ND.mean(axis=0, dtype=np.float64)
+        # As `x_ND.std`, which would have all differences in memory at once.
+        squares_D = np.zeros_like(mean_D)
+        for piece in pieces(x_ND):
+            squares_nD = np.square(x_ND[piece] - mean_D)
+            squares_nD[0] += squares_D
+            squares_D = squares_nD.sum(axis=0)
+        std_D = np.sqrt(squares_D / len(x_ND))
         # A channel that never changes says nothing; its rounding errors must not grow.
         least_D = 1e-6 * np.maximum(np.abs(mean_D), max(float(std_D.max()), 1e-12))
         return cls(mean_D, np.where(std_D > least_D, std_D, np.inf))
 
     def __call__(self, x_ND: Floats) -> Floats:
         """Features at this scale."""
-        scaled: Floats = ((x_ND - self.mean_D) / self.std_D).astype(np.float32)
-        return scaled
+        scaled_ND: Floats = empty(x_ND.shape, np.float32)
+        for piece in pieces(x_ND):
+            scaled_ND[piece] = (x_ND[piece] - self.mean_D) / self.std_D
+        return scaled_ND
 
 
 def path(

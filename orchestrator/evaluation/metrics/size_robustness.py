@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
+from orchestrator.data.large_arrays import taken
 from orchestrator.evaluation.metric import LEAVE_ONE_OUT, Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import mean
 from orchestrator.evaluation.metrics.knn import labelled, nearest
@@ -37,7 +38,9 @@ class SizeRobustness(Metric):
             seen_ND = features.cls_ND if scale == 1 else features.at_scale(scale)
             if seen_ND is None:
                 continue
-            near = nearest(features.cls_ND[bank], seen_ND[asked], self.k, others=split == LEAVE_ONE_OUT)
+            near = nearest(
+                taken(features.cls_ND, bank), taken(seen_ND, asked), self.k, others=split == LEAVE_ONE_OUT
+            )
             hits = near.vote(class_of_N[bank], self.k) == class_of_N[asked]
             found[f"accuracy_at_{scale:g}x"] = mean(hits, split, features.seed, f"k={self.k}")
         return found

@@ -256,7 +256,9 @@ class BackboneScorer:
         from orchestrator.stages.evaluate.towers import embed_crops, load_tower
 
         tower = load_tower(folder, None, self._where, trusted=self._modules)
-        cls_ND = embed_crops(tower, self._crops.batches(tower.size, self._batch), _go_on)
+        cls_ND = embed_crops(
+            tower, self._crops.batches(tower.size, self._batch), len(self._crops.rows), _go_on
+        )
         features = features_of(
             name, "backbone", tower, self._crops, cls_ND, self._pool, self._batch, self._seed, _go_on
         )
