@@ -1,6 +1,6 @@
-"""A process that evaluates made pictures on a Ray cluster of its own, for `bench.evaluate_memory`.
+"""A process that evaluates made pictures by itself, or on a Ray cluster of its own, for `bench.evaluate_memory`.
 
-python -m bench._evaluate_pictures PICTURES COUNT OUT
+python -m bench._evaluate_pictures PICTURES COUNT OUT WORKERS
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import NullRun
 
 MODEL, SIDE, LABELS = "vit_femto", 32, 10
+# What workers share is small.
+_OBJECT_STORE = 128 * 2**20
 # The shares of validation and test are small and L-BFGS is short, as they change times and no memory. Near duplicates
 # are looked for; of noise there are none this near.
 _STAGE = {
@@ -33,7 +35,6 @@ _STAGE = {
         {"use": "linear_probe", "decay": [0.01, 0.1], "max_iterations": 20},
     ],
     "split": {"by": "hash", "validation_share": 0.005, "test_share": 0.005, "near_duplicate": 1.0},
-    "models_at_once": 2,
     "num_pictures": 2,
 }
 
@@ -79,8 +80,8 @@ def _backbone(folder: Path) -> Artifact:
     return _artifact("pretrain", folder)
 
 
-def main(pictures: Path, count: int, out: Path) -> None:
-    """Run the stage; its figures become `out`/figures.json."""
+def main(pictures: Path, count: int, out: Path, workers: int) -> None:
+    """Run the stage; its figures become `out`/figures.json. Without workers this process does all of it."""
     (out / "out").mkdir(parents=True)
     (out / "work").mkdir()
     context = Context(
@@ -96,15 +97,17 @@ def main(pictures: Path, count: int, out: Path) -> None:
         elastic=Elastic(workers=(1, 2), device="cpu"),
         run=NullRun(),
     )
-    init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=128 * 2**20,
-    )
+    stage = Evaluate.model_validate({**_STAGE, "models_at_once": workers or None})
+    if workers:
+        init(
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=_OBJECT_STORE,
+        )
     try:
-        figures = Evaluate.model_validate(_STAGE).run(context)
+        figures = stage.run(context)
     finally:
         shutdown()
     (out / "figures.json").write_text(json.dumps(dict(figures)))
@@ -112,4 +115,4 @@ def main(pictures: Path, count: int, out: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

@@ -1,8 +1,8 @@
 """Evaluating 100,000 pictures takes the memory that 1,000 take, and so does embedding them.
 
-The arms are the peak memory of all processes together (driver, Ray, two workers) in MiB, by the number of pictures:
-`evaluate` with the k-NN table, the metrics `knn` and `linear_probe`, its baselines and two models, and
-`orchestrator embed`. What counts is what the system cannot take away from the processes: their own pages and shared
+The arms are the peak memory of all processes together in MiB, by the number of pictures: `evaluate` with the k-NN
+table, the metrics `knn` and `linear_probe`, its baselines and two models, in one process or with `--workers` of a Ray
+cluster, and `orchestrator embed`. What counts is what the system cannot take away from the processes: their own pages and shared
 memory, as the kernel divides them (PSS). Pages of files, which it drops where it needs the room, are in the notes.
 """
 
@@ -30,7 +30,7 @@ _INTERVAL_S = 0.25
 _GOAL = 1.25
 
 
-def run(quick: bool) -> Claim:
+def run(quick: bool, workers: int = 0) -> Claim:
     """A process for each size and command; 1,000 and 3,000 pictures in the quick run."""
     sizes = _QUICK_SIZES if quick else _SIZES
     peaks: dict[str, list[float]] = {}
@@ -43,7 +43,7 @@ def run(quick: bool) -> Claim:
             _make(pictures, count)
             out = root / f"out-{count}"
             commands = {
-                "evaluate": ["-m", "bench._evaluate_pictures", str(pictures), str(count), str(out)],
+                "evaluate": ["-m", "bench._evaluate_pictures", str(pictures), str(count), str(out), str(workers)],
                 "embed": [
                     "-m", "orchestrator", "embed", str(pictures), "-m", str(root / "model"), "-o", f"{out}.parquet",
                 ],
@@ -69,7 +69,7 @@ def run(quick: bool) -> Claim:
         limit=1.0,
         arms=arms,
         notes=(
-            f"arms are MiB; made pictures of {SIDE} px with {LABELS} labels, {MODEL}, two workers of one processor",
+            f"arms are MiB; made pictures of {SIDE} px with {LABELS} labels, {MODEL}, {workers or 'no'} workers",
             f"embed: {peaks['embed'][-1] / peaks['embed'][0]:.2f} of 1",
             "pages of files at their peak: " + "; ".join(files),
         ),

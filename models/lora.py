@@ -94,6 +94,13 @@ def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float) ->
     return list(found)
 
 
+def train_vectors(net: nn.Module) -> None:
+    """Train biases, the weights of norms and layer scales, which are all parameters of one dimension, in place."""
+    for param in net.parameters():
+        if param.ndim == 1:
+            param.requires_grad_(True)
+
+
 def merge_lora(net: nn.Module) -> None:
     """Put each adapter into the matrix beside it, in place: the network has the layers again that it had before."""
     for name, layer in [(name, each) for name, each in net.named_modules() if isinstance(each, LowRank)]:

@@ -68,12 +68,17 @@ class Lora(Settings):
         description="The linear layers that get adapters: `attention`, `mlp`, or the last part of a layer's name, such "
         "as `qkv` or `q_proj`.",
     )
+    vectors: bool = Field(
+        False,
+        description="Whether the backbone's vectors are trained beside the adapters: biases, the weights of norms and "
+        "layer scales.",
+    )
 
 
 class Finetune(TrainStage):
     """A trained backbone with a new head learns from labels.
 
-    The backbone is frozen, trained by low-rank adapters, or trained as a whole with a smaller learning rate for layers
+    The backbone is frozen, trained by low-rank adapters, or trained as a whole, with a smaller learning rate for layers
     further from the output. The weights after the step with the best figure of the validation split are kept. The
     figures that are reported are of the test split, which nothing was chosen by.
     """
@@ -101,8 +106,8 @@ class Finetune(TrainStage):
     mode: Literal["frozen", "lora", "full"] = Field(
         "frozen",
         description="What is trained beside the head. frozen: nothing. lora: low-rank adapters, which are merged into "
-        "the weights at the end. full: the whole backbone; `optimizer.layer_decay` lowers the learning rate of layers "
-        "further from the output.",
+        "the weights at the end. full: the whole backbone. `optimizer.layer_decay` lowers the learning rate of layers "
+        "further from the output, also that of their adapters.",
     )
     lora: Lora = Field(Lora(), description="The settings of low-rank adapters, for mode lora.")
     steps: int = STEPS
@@ -138,7 +143,7 @@ class Finetune(TrainStage):
     zero_stage: ZeroStage = zero_stage_field()
     precision: Precision = PRECISION
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     watched: ClassVar[bool] = True
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.finetune.blocks",

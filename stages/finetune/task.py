@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from orchestrator.config.schedules import Optimizer
 from orchestrator.models import Backbone, BackboneFeatures, VisionTransformer, normalise
 from orchestrator.models.blocks import TransformerBlock
-from orchestrator.models.lora import add_lora
+from orchestrator.models.lora import add_lora, train_vectors
 from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.stages.common.nets import block_generator, learning_rate_scales, tune
 from orchestrator.training.task import BlockTensors, Losses, Modules, Weights, Workers
@@ -109,7 +109,7 @@ class FinetuneTask:
             net,
             ema=ema,
             frozen=frozen,
-            lr_scales=learning_rates(net, config.optimizer) if config.mode == "full" else {},
+            lr_scales={} if is_frozen else learning_rates(net, config.optimizer),
             zero3_leaf_modules=leaves,
         )
         return self.modules
@@ -170,6 +170,9 @@ def prepared(backbone: Backbone | WrappedBackbone, config: Finetune) -> Backbone
         backbone.requires_grad_(False)
     elif config.mode == "lora":
         add_lora(backbone, config.lora.targets, config.lora.rank, config.lora.alpha)
+        if config.lora.vectors:
+            train_vectors(backbone)
+            _freeze_unused(backbone)
     else:
         backbone.requires_grad_(True)
         _freeze_unused(backbone)

@@ -9,7 +9,7 @@ from torch import nn
 
 from orchestrator.models import build
 from orchestrator.models.blocks import QKV
-from orchestrator.models.lora import LowRank, add_lora, merge_lora
+from orchestrator.models.lora import LowRank, add_lora, merge_lora, train_vectors
 
 
 def random_adapter(layer: LowRank, seed: int) -> None:
@@ -39,6 +39,7 @@ def test_an_adapter_is_the_formula_and_merging_keeps_it(base: nn.Linear | QKV) -
 
 
 def test_only_adapters_of_the_targets_are_trained() -> None:
+    torch.manual_seed(0)
     net = build("vit_femto")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     names = add_lora(net, ["attention"], 2, 4.0)
@@ -65,6 +66,22 @@ def test_only_adapters_of_the_targets_are_trained() -> None:
     merged = net(images)
     torch.testing.assert_close(merged.cls, adapted.cls, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(merged.patches, adapted.patches, rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_are_trained_beside_adapters_on_request() -> None:
+    """Biases, also those of layers with an adapter, norms and layer scales."""
+    net = build("vit_femto")
+    vectors = {name for name, param in net.named_parameters() if param.ndim == 1}
+    assert {name.rpartition(".")[2] for name in vectors} >= {"bias", "weight", "q_bias", "v_bias", "gamma"}
+    add_lora(net, ["attention"], 2, 4.0)
+    train_vectors(net)
+    trained = {name for name, param in net.named_parameters() if param.requires_grad}
+    adapters = {name for name in trained if ".lora_" in name}
+    assert {name.replace(".base.", ".") for name in trained - adapters} == vectors
+    merge_lora(net)
+    assert {name for name, _ in net.named_parameters()} == {
+        name for name, _ in build("vit_femto").named_parameters()
+    }
 
 
 def test_targets_are_groups_or_names_of_layers() -> None:
