@@ -120,6 +120,33 @@ def test_a_frozen_backbone_is_not_among_what_is_trained(start: StartingBackbone)
             assert modules.lr_scales.keys() >= {name for name in trained if name.startswith("backbone.")}
 
 
+def test_adapters_have_the_learning_rate_of_their_layer(start: StartingBackbone) -> None:
+    decayed = {"lr": {"peak": 1e-3}, "layer_decay": 0.5}
+    targets = ["attention", "mlp"]
+    modules = FinetuneTask(
+        config(mode="lora", lora={"rank": 2, "targets": targets}, optimizer=decayed), start, LABELS, 0
+    ).build("cpu")
+    trained = {name for name, param in modules.trainable.named_parameters() if param.requires_grad}
+    rates = {name: modules.lr_scales.get(name, 1.0) for name in trained}
+    assert {rate for name, rate in rates.items() if ".blocks.0." in name} == {0.25}
+    assert {rate for name, rate in rates.items() if ".blocks.1." in name} == {0.5}
+    assert {rate for name, rate in rates.items() if name.startswith("head.")} == {1.0}
+    assert sum(".lora_" in name for name in trained) == 2 * 2 * 4
+
+
+def test_vectors_are_trained_with_adapters_but_not_what_nothing_depends_on(start: StartingBackbone) -> None:
+    task = FinetuneTask(config(mode="lora", lora={"rank": 2, "vectors": True}), start, LABELS, 0)
+    modules = task.build("cpu")
+    plain = dict(start.open().named_parameters())
+    trained = {
+        name.removeprefix("backbone.").replace(".base.", ".")
+        for name, param in modules.trainable.named_parameters()
+        if param.requires_grad and name.startswith("backbone.") and ".lora_" not in name
+    }
+    vectors = {name for name, param in plain.items() if param.ndim == 1}
+    assert trained == {name for name in vectors if not name.startswith("local_norm.")}
+
+
 # --- labels -----------------------------------------------------------------------------------------------------
 
 

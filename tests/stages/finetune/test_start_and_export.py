@@ -81,6 +81,29 @@ def test_the_model_of_a_folder_is_the_trained_one(mode: str, start: StartingBack
     assert orchestrator.embed(model, [picture]).shape == (1, 48)
 
 
+def test_vectors_that_were_trained_beside_adapters_are_in_the_model(
+    start: StartingBackbone, tmp_path: Path
+) -> None:
+    stage = config(mode="lora", lora={"rank": 2, "vectors": True})
+    file = exported(stage, start, tmp_path / "export.safetensors")
+    save_finetuned(stage, start, LABELS, file, tmp_path / "model")
+    trained = load_file(file)
+    found, before = (
+        load_pretrained(tmp_path / "model").state_dict(),
+        load_pretrained(start.folder).state_dict(),
+    )
+    assert found.keys() == before.keys()
+    for name, value in found.items():
+        if name.endswith(("qkv.weight", "proj.weight")) and ".attention." in name:
+            assert not torch.equal(value, before[name]), name
+        elif value.ndim == 1 and not name.startswith("local_norm."):
+            inside = name.replace(".qkv.", ".qkv.base.").replace(".proj.", ".proj.base.")
+            key = f"backbone.{inside}" if f"backbone.{inside}" in trained else f"backbone.{name}"
+            torch.testing.assert_close(value, trained[key], rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
 def test_a_model_without_a_head_says_so(start: StartingBackbone) -> None:
     with pytest.raises(UserError, match="has no classes"):
         orchestrator.load(start.folder).predict([np.zeros((16, 16, 3), np.uint8)])
