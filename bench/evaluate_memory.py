@@ -2,8 +2,9 @@
 
 The arms are the peak memory of all processes together in MiB, by the number of pictures: `evaluate` with the k-NN
 table, the metrics `knn` and `linear_probe`, its baselines and two models, in one process or with `--workers` of a Ray
-cluster, and `orchestrator embed`. What counts is what the system cannot take away from the processes: their own pages and shared
-memory, as the kernel divides them (PSS). Pages of files, which it drops where it needs the room, are in the notes.
+cluster, and `orchestrator embed`. What counts is what the system cannot take away from the processes: their own pages
+and shared memory, as the kernel divides them (PSS). Pages of files, which it drops where it needs the room, are in the
+notes.
 """
 
 from __future__ import annotations

@@ -33,14 +33,14 @@ _WORKERS = (1, 2, 4)
 _SHARE = 0.8
 
 
-def run(quick: bool) -> Claim:
+def run(quick: bool, pictures: int = 10_000, rounds: int = 2) -> Claim:
     """Ten thousand small pictures and two rounds; 400 pictures and one round in the quick run."""
     import ray
 
     found: dict[int, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        index = _pictures(root, 400 if quick else 10_000)
+        index = _pictures(root, 400 if quick else pictures)
         models = [_model(root / f"model-{number}", number) for number in range(_MODELS)]
         groups = largest_groups(index.labels, _LABELS)
         pool = pool_of(index, None, groups, everything=False)
@@ -59,7 +59,7 @@ def run(quick: bool) -> Claim:
             score(max(_WORKERS), few)
             arms = interleave(
                 {f"{workers} workers": timed(partial(score, workers)) for workers in _WORKERS},
-                1 if quick else 2,
+                1 if quick else rounds,
             )
         finally:
             ray.shutdown()

@@ -2,8 +2,8 @@
 
 The backbone is the DINOv2 relative of `python -m orchestrator.data.weights dinov2-focus`. The stage's own `run` trains,
 with the real loop in one worker in this process; only Ray is left out. Each seed has a split of its own. Everything is
-chosen on validation and reported on test: the step of fine-tuning, k of k-NN, and the strength of the probe. Settings of
-the three modes were frozen before the seeds of the claim were looked at (docs/finetune.md).
+chosen on validation and reported on test: the step of fine-tuning, k of k-NN, and the strength of the probe. Settings
+of the three modes were frozen before the seeds of the claim were looked at (docs/finetune.md).
 """
 
 from __future__ import annotations
