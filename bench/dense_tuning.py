@@ -33,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from bench import _dense_pictures
 from bench._torchvision import mend_torchvision
 from bench.distil.scenes import wallpapers
 from bench.finetune import tuned
@@ -84,8 +85,11 @@ QUICK = Plan(24, 12, {"segmentation": 2, "depth": 2, "detection": 2}, 1)
 _RATES = {"segmentation": 2e-3, "depth": 2e-3, "detection": 1e-3}
 
 
-def run(quick: bool, seeds: int | None = None, first_seed: int = 1) -> Claim:
-    """Three seeds of each task; one of a few steps in the quick run, whose figures mean nothing."""
+def run(quick: bool, seeds: int | None = None, first_seed: int = 1, pictures: Path | None = None) -> Claim:
+    """Three seeds of each task; one of a few steps in the quick run, whose figures mean nothing.
+
+    With `pictures`, what the first seed's heads make of test pictures is drawn into that folder.
+    """
     mend_torchvision()
     torch.set_num_threads(1)
     plan = QUICK if quick else FULL
@@ -108,7 +112,10 @@ def run(quick: bool, seeds: int | None = None, first_seed: int = 1) -> Claim:
                     found.setdefault(f"{task}: {arm}", []).append(value)
                 said = ", ".join(f"{arm} {value:.4f}" for arm, value in scores.items())
                 sys.stderr.write(f"seed {seed}, {task}: {said} after {took[task][-1]:.0f} CPU s\n")
-        matches = correspondence(weights, root / "planes")
+            if pictures is not None and seed == first_seed:
+                pictures.mkdir(parents=True, exist_ok=True)
+                draw(root, seed, pictures)
+        matches = correspondence(weights, root / "planes", pictures)
     means = {arm: float(np.mean(values)) for arm, values in found.items()}
     kept = {
         "segmentation above logistic regression": means["segmentation: mean IoU"]
@@ -247,8 +254,11 @@ def detection(plan: Plan, weights: Path, data: Path, folder: Path, seed: int) ->
     }
 
 
-def correspondence(weights: Path, root: Path) -> dict[str, float | Figure]:
-    """Recall within 5 % of the side of the graffiti's two views, of the backbone's patches and of raw ones."""
+def correspondence(weights: Path, root: Path, pictures: Path | None = None) -> dict[str, float | Figure]:
+    """Recall within 5 % of the side of the graffiti's two views, of the backbone's patches and of raw ones.
+
+    With `pictures`, the matches are drawn into that folder.
+    """
     folder = root / "graffiti"
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as place:
@@ -274,7 +284,24 @@ def correspondence(weights: Path, root: Path) -> dict[str, float | Figure]:
             name, "bench", nothing, [], [], 0, lambda: nothing, size=_VIEW, maps=maps, patch=_PATCH
         )
         found[name] = metric.measure(seen)["recall_at_0.05"]
+        if pictures is not None:
+            metric.picture(pictures / f"matches-{name.replace(' ', '-')}.png")
     return found
+
+
+def draw(root: Path, seed: int, pictures: Path) -> None:
+    """Draw what the heads of a seed make of test pictures."""
+    scenes_of = DensePictures(MaskData.model_validate({"path": str(root / f"scenes-{seed}")}))
+    frames_of = DensePictures(
+        DepthData.model_validate({"path": str(root / "frames"), "scale": _DEPTH_SCALE, "max_depth": 2.0})
+    )
+    for what, task, data in (
+        (_dense_pictures.classes, "segmentation", scenes_of),
+        (_dense_pictures.depths, "depth", frames_of),
+        (_dense_pictures.boxes, "detection", scenes_of),
+    ):
+        model = root / f"{task}-{seed}" / "out" / "model"
+        what(model, data, _rows(data, "test"), pictures / f"{task}.png")
 
 
 def _tuned(

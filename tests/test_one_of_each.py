@@ -27,7 +27,7 @@ NOT_DURABLE = {
     "orchestrator/elastic/time_accounting.py",
     "orchestrator/pipeline/store/workspace.py",
     "orchestrator/teacher_service/counters.py",
-    "orchestrator/storage/artifacts.py",
+    "orchestrator/storage/artifact_copy.py",
     "orchestrator/storage/bytes_store.py",
     "orchestrator/storage/local.py",
     "orchestrator/storage/s3.py",

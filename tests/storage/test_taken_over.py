@@ -57,9 +57,9 @@ WHOLE = {"recipe.json": b"{}", "checkpoint/a.safetensors": SHARD, "model/model.s
 
 
 def counted(do: Callable[[], object]) -> dict[str, int]:
-    before = BYTES.figures()
+    before = BYTES.metrics()
     do()
-    return {name.removeprefix("driver_"): value - before[name] for name, value in BYTES.figures().items()}
+    return {name.removeprefix("driver_"): value - before[name] for name, value in BYTES.metrics().items()}
 
 
 def contents(store: S3Store) -> dict[str, bytes]:

@@ -142,7 +142,7 @@ def test_what_a_job_keeps_in_a_store_is_published_without_its_content(tmp_path: 
     assert job.is_done()
     artifacts = ArtifactStore(store)
     out = artifacts.staging("out")
-    before = BYTES.figures()
+    before = BYTES.metrics()
     job.collect_exports(out / "snapshots")
     job.collect_finished(out)
     job.collect(out / "checkpoint")
@@ -168,7 +168,7 @@ def test_what_nobody_said_the_sha256_of_is_fetched(tmp_path: Path, said: bytes |
     store.delete(beside)
     if said is not None:
         store.put_bytes(beside, said)
-    before = BYTES.figures()
+    before = BYTES.metrics()
     job.collect_exports(tmp_path / "snapshots")
     assert counted(before) == {"checkpoint_bytes_read": len(WEIGHTS)}
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-00000004.safetensors"]

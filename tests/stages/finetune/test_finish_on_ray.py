@@ -51,9 +51,9 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("ray")
 def test_a_task_makes_the_model_and_its_figures(trained: tuple[Job, Finishing]) -> None:
     job, finishing = trained
-    before = BYTES.figures()
+    before = BYTES.metrics()
     there = run_task(job, finishing, threading.Event())
-    counted = {name: value - before[name] for name, value in BYTES.figures().items()}
+    counted = {name: value - before[name] for name, value in BYTES.metrics().items()}
     made = files(job.finished)
     assert set(made) == {"model/config.json", "model/model.safetensors", "model/head.safetensors"}
     assert {name: value for name, value in counted.items() if name.startswith("driver") and value} == {}
