@@ -22,6 +22,7 @@ from orchestrator.config.split import Split
 from orchestrator.errors import UserError
 from orchestrator.fsio import move
 from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.open import Needed
 from orchestrator.storage.store import Store
 from orchestrator.tracking.run import Run
 
@@ -160,11 +161,23 @@ class Context:
         yield Part(folder / "work", None, done if done.is_dir() else None, key, publish)
 
     @property
-    def needed(self) -> tuple[tuple[str, str, str], ...]:
-        """What workers on other machines have to fetch first: the inputs' store, kind and key, if it is remote."""
+    def needed(self) -> tuple[Needed, ...]:
+        """What workers on other machines have to fetch first: the inputs, if their store is remote."""
+        return self.needed_of({})
+
+    def needed_of(self, only: Mapping[str, Sequence[str]]) -> tuple[Needed, ...]:
+        """As :attr:`needed`, of some inputs only these files and folders.
+
+        Args:
+            only: their names in the artifact, by role.
+        """
         if self.remote is None:
             return ()
-        return tuple((self.remote[0].uri, artifact.kind, artifact.key) for artifact in self.inputs.values())
+        uri = self.remote[0].uri
+        return tuple(
+            Needed(uri, artifact.kind, artifact.key, tuple(only.get(role, ())))
+            for role, artifact in self.inputs.items()
+        )
 
 
 @dataclass(frozen=True)

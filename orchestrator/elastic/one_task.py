@@ -85,8 +85,8 @@ def _in_worker(job: Job, work: Callable[[Job, Check], T]) -> tuple[T | UserError
     BYTES.take()  # of other tasks of this process
     found: T | UserError
     try:
-        for where, kind, key in job.inputs:
-            fetch(where, kind, key)
+        for needed in job.inputs:
+            fetch(*needed)
         found = work(job, _go_on)
     except UserError as error:
         found = error

@@ -86,8 +86,8 @@ def run_attempt(
         rendezvous = _listen(attempt, client) if attempt["rank"] == 0 else None
         # Made by this user's driver and brought by Ray, like any task's arguments.
         loaded: Job = pickle.loads(job)
-        for where, kind, key in loaded.inputs:
-            fetch(where, kind, key)
+        for needed in loaded.inputs:
+            fetch(*needed)
         if blocks is not None:
             loaded = replace(loaded, blocks=blocks)
         elif attempt["proxied"]:

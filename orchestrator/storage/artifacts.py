@@ -63,6 +63,10 @@ class Artifact:
     manifest: Manifest
     remote: bool = False
 
+    def object_name(self, name: str) -> str:
+        """The name in the store of one of its files or folders."""
+        return _prefix(self.kind, self.key) + name
+
     def digests(self, folder: Path) -> dict[str, str]:
         """The sha256 of the files in one of its folders, by their names in that folder."""
         top = f"{folder.relative_to(self.path).as_posix()}/"
@@ -77,7 +81,7 @@ class Artifact:
         """
         path, entry = inside(self.path, name), self.manifest.files.get(name)
         if self.remote and entry is not None:
-            refer(target, StoredObject(_prefix(self.kind, self.key) + name, entry.size, entry.sha256))
+            refer(target, StoredObject(self.object_name(name), entry.size, entry.sha256))
             return
         link_or_copy(path, target)
         if entry is not None:

@@ -96,6 +96,12 @@ class LocalStore:
         ):
             shutil.copyfileobj(file, copy, _COPIED)
 
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """See :class:`~orchestrator.storage.store.HasRanges`."""
+        with _absent_is_absent(), open_regular(self._path(name), follow=False) as file:
+            file.seek(start)
+            return file.read(stop - start)
+
     def copy(self, source: str, target: str) -> None:
         """See :class:`Store`. Objects are replaced and never written to, so that one file may have both names."""
         path, final, temporary = self._path(source), self._target(target), self.scratch("copy")

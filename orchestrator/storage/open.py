@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from orchestrator import installed
 from orchestrator.errors import UserError, nearest, shortened
@@ -106,13 +108,23 @@ def _opened(scheme: str, uri: str) -> Store:
     return store
 
 
-def fetch(uri: str, kind: str, key: str) -> Path:
+class Needed(NamedTuple):
+    """An artifact that workers need on their machines; the arguments of :func:`fetch`."""
+
+    uri: str
+    kind: str
+    key: str
+    only: tuple[str, ...] = ()
+
+
+def fetch(uri: str, kind: str, key: str, only: Collection[str] = ()) -> Path:
     """The artifact's folder on this machine, complete; for workers that are not where the driver is.
 
     Args:
         uri: `Store.uri`.
         kind: of the artifact.
         key: of the artifact.
+        only: names of its files and folders that are needed; none for all.
 
     Raises:
         FileNotFoundError: there is no such artifact.
@@ -122,4 +134,4 @@ def fetch(uri: str, kind: str, key: str) -> Path:
     found = artifacts.find(kind, key)
     if found is None:
         raise FileNotFoundError(f"there is no artifact {folder_name(kind, key)} in {uri}")
-    return artifacts.fetch(found)
+    return artifacts.fetch(found, only=only)

@@ -1,4 +1,4 @@
-"""A store in an S3 bucket. It asks for nothing but puts, gets, copies, lists and deletes of whole objects."""
+"""A store in an S3 bucket. It asks for nothing but puts, gets, copies, lists and deletes of objects."""
 
 from __future__ import annotations
 
@@ -150,6 +150,21 @@ class S3Store:
         with self._using(f"give {name}") as client:
             self._download(client, key, buffer, threads=False)
         return buffer.getvalue()
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """See :class:`~orchestrator.storage.store.HasRanges`. One request, again if its reply breaks off."""
+        from botocore.exceptions import BotoCoreError, HTTPClientError
+
+        key, wanted = self._key(name), f"bytes={start}-{stop - 1}"
+        with self._using(f"give {name}") as client:
+            for last in (False,) * (self._patience.attempts - 1) + (True,):
+                body = client.get_object(Bucket=self.bucket, Key=key, Range=wanted)["Body"]
+                try:
+                    return bytes(body.read())
+                except (BotoCoreError, HTTPClientError):
+                    if last:
+                        raise
+        raise AssertionError("the last try returns or raises")
 
     def get_file(self, name: str, target: Path) -> None:
         """See :class:`Store`. In parts of 16 MiB, several at a time."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from orchestrator import names as stored
 from orchestrator.names import BadNameError
@@ -86,6 +86,17 @@ class Store(Protocol):
 
     def scratch(self, label: str) -> Path:
         """A path for work in progress that does not exist yet; gone once this process is."""
+
+
+@runtime_checkable
+class HasRanges(Protocol):
+    """What a store has, too, that gives parts of objects: then workers read their slices of a checkpoint in it."""
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the object, fewer where it ends before. FileNotFoundError if there is none."""
+
+    def stat(self, name: str) -> Stat | None:
+        """See :meth:`Store.stat`."""
 
 
 def copy_within(store: Store, source: str, target: str) -> None:

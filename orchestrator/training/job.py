@@ -14,7 +14,8 @@ from orchestrator.config.elastic import Elastic, Resources
 from orchestrator.config.schedules import Optimizer
 from orchestrator.config.zero_stage import ZeroStage
 from orchestrator.fsio import DIGESTS, folder_beside, link_or_copy, move
-from orchestrator.storage.store import Store
+from orchestrator.storage.open import Needed
+from orchestrator.storage.store import HasRanges, Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.handed_over import hand_over, note, note_of, plain_files, refer_to_all
@@ -45,6 +46,8 @@ class Job:
         work: the job's folder; checkpoints and exports live below it.
         seed: of weight initialisation.
         start_from: a committed checkpoint of an earlier stage to begin with, weights and moments.
+        start_in: the store, and the prefix in it with a slash at its end, that has the files of `start_from`, where no
+            more than its manifest is on the machines.
         export_steps: after these many steps the EMA is exported to `exports/step-….safetensors`; the last
             step always is.
         elastic: workers, what each one's slot asks Ray for, checkpoint interval and what to keep.
@@ -52,7 +55,7 @@ class Job:
         slot_blocks: makes it instead where it has to live in a process of Ray's; called in every slot.
         remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
             its machine; the prefix ends with a slash.
-        inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
+        inputs: artifacts that workers need a copy of on their own machine.
         limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
             and again, and the group follows at the end of a step.
         validation: makes the source of held-out blocks; called in every worker. All of its blocks are looked at.
@@ -77,11 +80,12 @@ class Job:
     seed: int
     elastic: Elastic
     start_from: Path | None = None
+    start_in: tuple[HasRanges, str] | None = None
     export_steps: tuple[int, ...] = ()
     blocks: Callable[[], BlockSource] | None = None
     slot_blocks: Callable[[], BlockSource] | None = None
     remote: tuple[Store, str] | None = None
-    inputs: tuple[tuple[str, str, str], ...] = ()
+    inputs: tuple[Needed, ...] = ()
     limit: Callable[[], tuple[int, int]] | None = None
     validation: Callable[[], BlockSource] | None = None
     validate_every: int = 0

@@ -415,7 +415,8 @@ class _Trainer:
         if self.job.start_from is not None:
             # An earlier stage's weights and moments; the count of this stage's steps starts anew.
             try:
-                reader.restore(read_manifest(self.job.start_from), self.engine, compare=True)
+                found = read_manifest(self.job.start_from)
+                reader.restore(found, self.engine, compare=True, stored=self.job.start_in)
             except CheckpointError as error:
                 raise UserError(
                     f"the checkpoint to start from cannot be used: {error}", where=str(self.job.start_from)

@@ -337,10 +337,10 @@ class AlignText(MixStage):
         from orchestrator.training.job import Job
 
         seed, opened = stage_seed(context, self.kind), Tokenizer.from_str(tokenizer)
-        index, digests = context.inputs["index"].path, context.inputs["tower"].digests(tower)
+        index, vision = context.inputs["index"].path, context.inputs["tower"]
         return Job(
             name=context.name,
-            task=partial(AlignTask, self, tower, opened.get_vocab_size(), seed, digests),
+            task=partial(AlignTask, self, tower, opened.get_vocab_size(), seed, vision.digests(tower)),
             blocks=partial(caption_blocks, self, index, opened, image_size, seed, roots=context.roots),
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
@@ -351,7 +351,7 @@ class AlignText(MixStage):
             seed=context.seed,
             elastic=context.elastic,
             remote=context.remote,
-            inputs=context.needed,
+            inputs=context.needed_of({"tower": [tower.relative_to(vision.path).as_posix()]}),
             pipeline=context.pipeline,
             max_unreadable=max_unreadable,
             finish=partial(finish_aligned, self, tokenizer, image_size),

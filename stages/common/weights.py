@@ -28,6 +28,7 @@ from orchestrator.errors import KeyMistakeError, UserError, first_line, printabl
 from orchestrator.models.configs import RGB, Config
 from orchestrator.models.presets import described, preset
 from orchestrator.stages.base import Context
+from orchestrator.storage.open import Needed
 from orchestrator.tracking import references
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class StartingWeights:
     """
 
     file: Path
-    needed: tuple[tuple[str, str, str], ...]
+    needed: tuple[Needed, ...]
 
 
 @contextlib.contextmanager
@@ -313,7 +314,7 @@ def starting_weights(
                 folder = part.publish(_written(weights, model, overrides, part.work / "made"), {})
             except UserError as error:
                 raise UserError(error.what, where=f"{where}.{error.where}", hint=error.hint) from None
-        needed = ((context.remote[0].uri, _KIND, part.key),) if context.remote is not None else ()
+        needed = (Needed(context.remote[0].uri, _KIND, part.key),) if context.remote is not None else ()
         yield StartingWeights(folder / _FILE, needed)
 
 

@@ -29,7 +29,7 @@ from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.student_backbone import save_network
 from orchestrator.stages.distill.student_config import Student
 from orchestrator.stages.distill.task import DistillTask, FrozenTeacher, bytes_per_image
-from orchestrator.storage.open import open_store
+from orchestrator.storage.open import Needed, open_store
 from orchestrator.storage.store import Store
 from orchestrator.teacher_service.cache import CachedTeacher, RepeatingTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
@@ -310,10 +310,10 @@ def view_part(config: Distill, student: Student) -> str:
     return f"{VIEWS}/{crops.global_size}-{crops.local_size}-{crops.num_local}"
 
 
-def _with_inputs(needed: Sequence[tuple[str, str, str]], make: Callable[[], Any]) -> Any:
+def _with_inputs(needed: Sequence[Needed], make: Callable[[], Any]) -> Any:
     """What `make` makes, on a machine that may not have the stage's inputs yet."""
     from orchestrator.storage.open import fetch
 
-    for store, kind, key in needed:
-        fetch(store, kind, key)
+    for one in needed:
+        fetch(*one)
     return make()

@@ -25,7 +25,7 @@ from orchestrator.stages.evaluate.towers import (
     pixel_maps,
     remembering,
 )
-from orchestrator.storage.open import fetch
+from orchestrator.storage.open import Needed, fetch
 
 logger = logging.getLogger("orchestrator")
 
@@ -60,7 +60,7 @@ class Work:
     seed: int
     kept_features: float
     num_models: int
-    needed: Sequence[tuple[str, str, str]] = ()
+    needed: Sequence[Needed] = ()
 
 
 @dataclass
@@ -243,8 +243,8 @@ def _go_on() -> None:
 def _task(work: Work, _: None, piece: tuple[int, Candidate | None]) -> _Answer:
     """In a worker: a model's rows, and its pictures as bytes, since a worker may not see the driver's folder."""
     number, model = piece
-    for store, kind, key in work.needed:
-        fetch(store, kind, key)
+    for one in work.needed:
+        fetch(*one)
     with tempfile.TemporaryDirectory() as folder:
         try:
             photos = Photos.of(work, _go_on)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.stages.base import Context
 from orchestrator.stages.finetune.classification import Classification
+from orchestrator.storage.open import Needed
 
 if TYPE_CHECKING:
     from orchestrator.stages.finetune.config import Finetune
@@ -28,7 +29,7 @@ class Indexed:
     """
 
     folder: Path
-    needed: tuple[tuple[str, str, str], ...] = ()
+    needed: tuple[Needed, ...] = ()
 
 
 @contextlib.contextmanager
@@ -50,5 +51,5 @@ def indexed(config: Finetune, context: Context) -> Iterator[Indexed]:
             made.mkdir(parents=True)
             task.pictures().index().save(made)
             folder = part.publish(made, {})
-        needed = ((context.remote[0].uri, _KIND, part.key),) if context.remote is not None else ()
+        needed = (Needed(context.remote[0].uri, _KIND, part.key),) if context.remote is not None else ()
         yield Indexed(folder, needed)

@@ -83,7 +83,7 @@ def training_job(
         seed=context.seed,
         elastic=context.elastic,
         remote=context.remote,
-        inputs=context.needed + start.needed + pictures.needed,
+        inputs=start.needed_of(context) + pictures.needed,
         pipeline=context.pipeline,
         validation=partial(
             split_blocks, config, index, labelled, "validation", start.image_size, roots=roots

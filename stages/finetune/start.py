@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, shortened
 from orchestrator.stages.base import Context
+from orchestrator.storage.open import Needed
 
 if TYPE_CHECKING:
     from orchestrator.models import Backbone
@@ -43,7 +44,7 @@ class StartingBackbone:
 
     folder: Path
     image_size: int
-    needed: tuple[tuple[str, str, str], ...] = ()
+    needed: tuple[Needed, ...] = ()
     modules: tuple[str, ...] = ()
     num_channels: int = 3
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +57,13 @@ class StartingBackbone:
                 where=f"stages.{stage}",
                 hint=f"name {self.num_channels} bands as `bands` of the data's `pixels`",
             )
+
+    def needed_of(self, context: Context) -> tuple[Needed, ...]:
+        """What workers on other machines fetch first: this backbone, and the other inputs of the stage."""
+        backbone = context.inputs.get("backbone")
+        if backbone is None:
+            return context.needed + self.needed
+        return context.needed_of({"backbone": [self.folder.relative_to(backbone.path).as_posix()]})
 
     def open(self, drop_path: float = 0.0) -> Backbone | WrappedBackbone:
         """The backbone with its weights, on the CPU, in float32.
@@ -124,14 +132,14 @@ def starting_backbone(config: Finetune, context: Context) -> Iterator[StartingBa
             elif config.network is not None:
                 _write_network(config.network, size, made / _MODEL, f"{where}.network")
             found = part.publish(made, {})
-        needed = ((context.remote[0].uri, _KIND, part.key),) if context.remote is not None else ()
+        needed = (Needed(context.remote[0].uri, _KIND, part.key),) if context.remote is not None else ()
         yield _start(found / _MODEL, config, needed, context, where)
 
 
 def _start(
     folder: Path,
     config: Finetune,
-    needed: tuple[tuple[str, str, str], ...],
+    needed: tuple[Needed, ...],
     context: Context,
     where: str,
 ) -> StartingBackbone:

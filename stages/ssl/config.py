@@ -36,6 +36,7 @@ from orchestrator.stages.common.config import (
 )
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, Draws, draws_of
 from orchestrator.stages.common.multi_crop import MultiCropStage
+from orchestrator.stages.common.starting_checkpoint import CHECKPOINT, needed_to_start, stored_checkpoint
 from orchestrator.stages.common.weights import (
     FROM,
     From,
@@ -156,7 +157,7 @@ class SelfSupervised(MultiCropStage):
         "model": "the EMA backbone, config.json and model.safetensors",
         "recipe.json": "how to rebuild the model with its heads",
         "snapshots": "the EMA with its heads after some steps",
-        "checkpoint": "the elastic checkpoint after the last step, from which later stages continue",
+        CHECKPOINT: "the elastic checkpoint after the last step, from which later stages continue",
         "history.json": "figures of every step",
         DRAWN: DRAWN_MEANS,
         "lineage.json": "the snapshots up to here, with the dense health of each",
@@ -360,9 +361,10 @@ class SelfSupervised(MultiCropStage):
             seed=context.seed,
             elastic=context.elastic,
             remote=context.remote,
-            inputs=context.needed + (start.needed if start else ()),
+            inputs=needed_to_start(context, gram) + (start.needed if start else ()),
             pipeline=context.pipeline,
-            start_from=backbone.path / "checkpoint" if backbone else None,
+            start_from=backbone.path / CHECKPOINT if backbone else None,
+            start_in=stored_checkpoint(context),
             validation=partial(blocks, held_out=True) if self.validate_every else None,
             validate_every=self.validate_every,
             probe=partial(ProbePhotos.of, index, self.knn, side, context.roots)
@@ -428,7 +430,7 @@ class SelfSupervised(MultiCropStage):
                 self._continue_from(context.shorter.path, job, context.run)
             account = trainer.run(job, tracker=context.run, stop=context.stop)
         job.collect_exports(context.out / "snapshots")
-        job.collect(context.out / "checkpoint")
+        job.collect(context.out / CHECKPOINT)
         job.collect_finished(context.out)
         (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
         history = context.run.history()
@@ -445,7 +447,7 @@ class SelfSupervised(MultiCropStage):
         for record in json.loads((shorter / "history.json").read_text()):
             run.metrics(record["metrics"], record["step"])
         files = {step: shorter / "snapshots" / job.export(step).name for step in self.snapshot_steps()}
-        job.adopt(shorter / "checkpoint", {step: file for step, file in files.items() if file.is_file()})
+        job.adopt(shorter / CHECKPOINT, {step: file for step, file in files.items() if file.is_file()})
 
     def _start(self, context: Context, recipe: ModelRecipe) -> AbstractContextManager[StartingWeights | None]:
         """The weights that the backbone starts from, where every worker can read them; None of random ones."""

@@ -202,8 +202,8 @@ def handed(spec: Spec) -> Any:
     recorder = Recorder(None)
     os.environ.update(spec["env"])
     job = pickle.loads(base64.b64decode(spec["job"]))
-    for store, kind, key in job.inputs:
-        fetch(store, kind, key)
+    for needed in job.inputs:
+        fetch(*needed)
     try:
         with patch.object(shard_file, "PART", spec["part_bytes"]):
             assert loop.train(job, recorder)

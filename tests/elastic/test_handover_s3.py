@@ -13,7 +13,7 @@ from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.store import CannotCopyError
 
 from .conftest import Group
-from .test_handover import SMALL, WAYS, Lab, new_driver, photographs
+from .test_handover import SMALL, TRAINED, WAYS, WORLD, Lab, new_driver, photographs
 
 MODEL = "vit_nano"
 
@@ -59,6 +59,38 @@ def test_weights_do_not_pass_through_the_driver(
     assert weights(text, "aligned/tower") == weights(pretrain, "model")
     assert len(weights(text, "aligned")) == 3
     assert not list(S3Store(s3_uri).list("work/"))
+
+    # Each worker asks for the parts of the checkpoint that its slices lie in, and fetches the Gram teacher's file.
+    files = pretrain.manifest.files
+    checkpoint = sum(entry.size for name, entry in files.items() if name.startswith("checkpoint/"))
+    export = files["snapshots/step-00000002.safetensors"].size
+    backbone = files["model/model.safetensors"].size
+    for rank, counted in enumerate(lab.workers["gram"]):
+        finishing = 2 * backbone if rank == 0 else 0
+        own = counted["checkpoint_bytes_read"] - backbone - finishing
+        assert checkpoint / WORLD - SMALL <= own <= checkpoint / WORLD + SMALL
+        assert counted["artifact_bytes_read"] < 3 * export + 2 * SMALL
+    here = {path.parent.name for path in pretrain.path.rglob("*.safetensors")}
+    assert here == {"snapshots", "model"}, "the tower for texts and the Gram teacher alone"
+
+
+def test_a_checkpoint_in_the_bucket_that_is_damaged_is_mended(
+    lab: Lab, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store(s3_uri)
+    assert lab.run("vit_femto", Choice(only=("curate", "pretrain")))[0] == 0
+    for name in store.list("artifacts/pretrain-"):
+        if "/checkpoint/" in name and name.endswith(".safetensors"):
+            data = bytearray(store.get_bytes(name))
+            data[-9] ^= 1
+            store.put_bytes(name, bytes(data))
+    new_driver(monkeypatch)
+    lab.trained.clear()
+    code, said = lab.run("vit_femto", TRAINED)
+    assert code == 0, said
+    assert lab.trained == ["gram", "pretrain", "gram"]
+    assert "the artifact of pretrain is damaged and is made again" in said
+    found(ArtifactStore(store))
 
 
 def test_where_the_bucket_copies_nothing_they_do(

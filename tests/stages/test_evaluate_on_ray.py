@@ -17,6 +17,7 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.evaluate import scoring
 from orchestrator.stages.evaluate.candidates import Candidate
 from orchestrator.stages.evaluate.measure import Pool
+from orchestrator.storage.open import Needed
 
 from .evaluating import artifact, context, make_students, small, stage
 
@@ -71,7 +72,10 @@ def test_a_worker_fetches_what_its_machine_may_lack(monkeypatch: pytest.MonkeyPa
     fetched: list[tuple[str, ...]] = []
     monkeypatch.setattr(scoring, "fetch", lambda *which: fetched.append(which))
     monkeypatch.setattr(scoring, "score_one", lambda *arguments: scoring.Scored())
-    needed = (("s3://store", "curate", "a" * 16), ("s3://store", "pretrain", "b" * 16))
+    needed = (
+        Needed("s3://store", "curate", "a" * 16),
+        Needed("s3://store", "pretrain", "b" * 16, ("model",)),
+    )
     pool = Pool(ImageIndex([]), [], {}, {})
     work = scoring.Work("evaluate", pool, [], [], 5, 8, 0, 0.0, 1, needed)
     model = Candidate("pretrain", "backbone", lambda: pytest.fail("it is not loaded here"))

@@ -17,7 +17,7 @@ from s3_server import S3Server
 
 from orchestrator.errors import UserError
 from orchestrator.storage.artifacts import Artifact, ArtifactStore
-from orchestrator.storage.open import fetch
+from orchestrator.storage.open import Needed, fetch
 from orchestrator.storage.s3 import S3Store
 
 KEY = "0123456789abcdef" * 4
@@ -98,6 +98,9 @@ def test_workers_fetch_by_name(artifacts: ArtifactStore, s3_uri: str) -> None:
     another_machine(artifacts)
     assert fetch(s3_uri, "pretrain", KEY) == made.path
     assert contents(made.path) == WHOLE
+    another_machine(artifacts)
+    assert fetch(*Needed(s3_uri, "pretrain", KEY, ("sub",))) == made.path
+    assert contents(made.path) == {"sub/model.safetensors": "weights"}
     with pytest.raises(FileNotFoundError, match="distill"):
         fetch(s3_uri, "distill", KEY)
 

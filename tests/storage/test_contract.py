@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.s3 import S3Store
-from orchestrator.storage.store import Store
+from orchestrator.storage.store import HasRanges, Store
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.cluster)])
@@ -74,6 +74,17 @@ def test_a_consumed_file_is_gone_afterwards(store: Store, tmp_path: Path) -> Non
     store.put_file("a", source, consume=True)
     assert not source.exists()
     assert store.get_bytes("a") == b"file"
+
+
+def test_parts_of_objects(store: Store) -> None:
+    assert isinstance(store, HasRanges)
+    store.put_bytes("a/b", bytes(range(100)))
+    assert store.get_range("a/b", 0, 3) == bytes([0, 1, 2])
+    assert store.get_range("a/b", 97, 100) == bytes([97, 98, 99])
+    assert store.get_range("a/b", 98, 200) == bytes([98, 99])
+    for name in ("none", "a", "a/b/below"):
+        with pytest.raises(FileNotFoundError):
+            store.get_range(name, 0, 1)
 
 
 def test_a_copy_is_an_object_of_its_own(store: Store, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_every_operation_survives_every_fault(
         lambda: store.get_bytes("bytes"),
         lambda: store.get_file("file", tmp_path / "copy"),
         lambda: store.copy("file", "other"),
+        lambda: store.get_range("file", 10, 500),
         lambda: list(store.list()),
         lambda: store.stat("file"),
         lambda: store.delete("bytes"),

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.byte_counts import BYTES
+from orchestrator.storage.store import HasRanges
 from orchestrator.training.checkpoint.format import (
     CheckpointError,
     CheckpointManifest,
@@ -170,13 +171,20 @@ def _examine(storage: CheckpointStorage, manifest: CheckpointManifest, rank: int
     return None, None
 
 
-def restore(manifest: CheckpointManifest, engine: Engine, *, compare: bool = False) -> int:
+def restore(
+    manifest: CheckpointManifest,
+    engine: Engine,
+    *,
+    compare: bool = False,
+    stored: tuple[HasRanges, str] | None = None,
+) -> int:
     """Load `manifest` into `engine` at whatever worker count runs now; returns the steps done. Collective.
 
     Args:
         manifest: of the checkpoint, whose files are in its folder.
         engine: what it is loaded into.
         compare: compare what this worker reads with the manifest: nobody has compared the files yet.
+        stored: the store and the prefix of the files where they are not in the folder; only with `compare`.
 
     Raises:
         CheckpointError: it holds other tensors than the engine's, or what was read is not what was written.
@@ -195,7 +203,10 @@ def restore(manifest: CheckpointManifest, engine: Engine, *, compare: bool = Fal
         for part in overlaps(shard.numel, manifest.world, dist.get_rank(), dist.get_world_size()):
             wanted.setdefault(part.rank, []).append((key, part))
     for writer, parts in wanted.items():
-        (_read_compared if compare else _read)(manifest, writer, parts, local)
+        if compare:
+            _read_compared(manifest, writer, parts, local, stored)
+        else:
+            _read(manifest, writer, parts, local)
     _put(engine, local, int(manifest.meta["updates"]))
     return manifest.step
 
@@ -213,10 +224,14 @@ def _read(
 
 
 def _read_compared(
-    manifest: CheckpointManifest, writer: int, parts: list[tuple[str, Slice]], local: dict[str, Tensor]
+    manifest: CheckpointManifest,
+    writer: int,
+    parts: list[tuple[str, Slice]],
+    local: dict[str, Tensor],
+    stored: tuple[HasRanges, str] | None,
 ) -> None:
     name = manifest.shard(writer)
-    with OwnParts(manifest.path, name, manifest.files[name]) as file:
+    with OwnParts(manifest.path, name, manifest.files[name], stored) as file:
         if missing := [key for key, _ in parts if not file.has(key)]:
             raise CheckpointError(f"{name} lacks {missing[0]}")
         for key, part in sorted(parts, key=lambda one: file.place(one[0])):
