@@ -62,7 +62,9 @@ def test_whole_pipeline_on_s3(
     assert not [name for name in found if name.startswith("work/")], "finished work is cleared away"
     assert [name for name in found if name.startswith("mlartifacts/")], "MLflow's artifacts are there too"
     manifests = [name for name in found if name.startswith("artifacts/") and name.endswith("/manifest.json")]
-    assert len(manifests) == len(PIPELINE["stages"])
+    students = [name for name in manifests if name.startswith("artifacts/student-")]
+    assert len(students) == len(PIPELINE["stages"]["distill"]["students"])
+    assert len(manifests) - len(students) == len(PIPELINE["stages"])
     for name in manifests:
         body = json.loads(client.get_object(Bucket="tests", Key=f"{prefix}/{name}")["Body"].read())
         base = name.removesuffix("manifest.json")
