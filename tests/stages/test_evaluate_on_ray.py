@@ -28,7 +28,7 @@ __all__ = ["small"]
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 
