@@ -28,8 +28,9 @@ Floats = NDArray[np.float32]
 
 _FORMAT = 1
 _KEY = "orchestrator.embeddings"
-# Of a row group's vectors. It is what a reader holds at once, and what the writer collects.
-_GROUP_BYTES = 8 << 20
+# The most bytes of a row group's vectors, and the most rows. It is what a reader holds at once, and what the writer
+# collects: of short vectors names and digests take more than the vectors do.
+_GROUP_BYTES, _GROUP_ROWS = 8 << 20, 8192
 # As in the report of `curate`.
 _LISTED = 1000
 _HINT = "make it with `orchestrator embed`"
@@ -75,7 +76,7 @@ class EmbeddingsWriter:
         """Rows, in their final order."""
         if self._writer is None:
             width = vectors_ND.shape[1]
-            self._group_rows = self._group_rows or max(1, _GROUP_BYTES // (4 * width))
+            self._group_rows = self._group_rows or max(1, min(_GROUP_ROWS, _GROUP_BYTES // (4 * width)))
             self._writer = pq.ParquetWriter(
                 # Vectors do not compress, and are not a dictionary.
                 self._path, schema_of(width), compression="none", use_dictionary=False,
@@ -130,7 +131,7 @@ def writing(path: Path, made: Made, *, group_rows: int | None = None) -> Iterato
     Args:
         path: of the file, in a folder that is there.
         made: how the vectors are made.
-        group_rows: rows of a row group. Default: as many as have 8 MiB of vectors.
+        group_rows: rows of a row group. Default: as many as have 8 MiB of vectors, at most 8,192.
 
     Raises:
         OSError: it cannot be written; what was there is still there.

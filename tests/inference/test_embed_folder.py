@@ -26,7 +26,6 @@ from orchestrator.data.decode import read_rgb
 from orchestrator.data.sources.folder import LeftOut, Listing, list_folder
 from orchestrator.errors import UserError
 from orchestrator.inference import embedded_parts, forward
-from orchestrator.inference import embeddings as embeddings_module
 from orchestrator.inference.embed_folder import Embedded, by_reason, embed_folder, made_of
 from orchestrator.inference.embeddings import Embeddings, EmbeddingsWriter, open_embeddings
 from orchestrator.models import load_pretrained, preprocess
@@ -164,12 +163,15 @@ def test_only_a_batch_is_computed_and_a_row_group_collected_at_a_time(
         np.testing.assert_allclose(vectors_ND[at], alone(model, tmp_path / "many" / names[at]), atol=2e-5)
 
 
-def test_row_groups_are_as_large_as_their_vectors_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("width", "rows"), [(1024, 2048), (384, 5461), (48, 8192)])
+def test_row_groups_are_as_large_as_their_vectors_say_up_to_a_number_of_rows(
+    width: int, rows: int, tmp_path: Path
+) -> None:
     writer = EmbeddingsWriter(
         tmp_path / "e.parquet", made_of(tmp_path, list_of(tmp_path), "m", "w", 16), None
     )
-    writer.add([], np.zeros((0, 1024), np.float32))
-    assert writer._group_rows == embeddings_module._GROUP_BYTES // 4096 == 2048
+    writer.add([], np.zeros((0, width), np.float32))
+    assert writer._group_rows == rows
     writer.abandon()
 
 

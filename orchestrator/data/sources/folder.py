@@ -204,7 +204,7 @@ def _of_manifest(source: DataSource, name: str) -> Listing:
 
 
 def list_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Listing:
-    """What is below a folder that no pipeline file names; else as :func:`list_images`.
+    """What is below a folder that no pipeline file names, without `stamps`; else as :func:`list_images`.
 
     Raises:
         UserError: no such folder, or no images in it.
@@ -214,7 +214,8 @@ def list_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Listing:
         raise UserError(
             f"{shown(str(folder))} {what}", where=shown(str(folder)), hint="give a folder of images"
         )
-    listing = _Walk(folder, max_pixels).listing()
+    # Nobody asks for the stamps, which take more memory than the names.
+    listing = replace(_Walk(folder, max_pixels).listing(), stamps=())
     if not listing.files:
         raise _no_images(folder, listing, where=shown(str(folder)))
     return listing
