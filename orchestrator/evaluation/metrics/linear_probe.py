@@ -51,7 +51,8 @@ class LinearProbe(Metric):
         }
         parts = {split: taken(features.cls_ND, part) for split, part in rows.items()}
         scale = Scale.of(parts["train"])
-        x = {split: scale(part) for split, part in parts.items()}
+        # Each part goes once it is scaled: of many pictures it takes gigabytes on disk.
+        x = {split: scale(parts.pop(split)) for split in rows}
         chosen, best, decay_of = None, -1.0, 0.0
         for probe, decay in path(x["train"], labels["train"], self.decay, self.max_iterations):
             features.check()
