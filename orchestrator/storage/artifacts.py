@@ -353,11 +353,12 @@ class ArtifactStore:
         return False
 
     def _damaged(self, artifact: Artifact, problems: list[str]) -> DamagedError:
+        prefix = _prefix(artifact.kind, artifact.key)
         return DamagedError(
             problems,
-            where=f"store {self.store.uri}",
-            hint="run the pipeline again to replace it; if that does not help, remove "
-            f"{_prefix(artifact.kind, artifact.key)}{MANIFEST} first",
+            # Of a worker's error the driver gets the text alone, and finds the artifact by this address.
+            where=f"{self.store.uri.rstrip('/')}/{prefix.rstrip('/')}",
+            hint=f"run the pipeline again to replace it; if that does not help, remove {prefix}{MANIFEST} first",
         )
 
     def _note_damage(self, kind: str, key: str, problems: list[str]) -> None:

@@ -202,9 +202,9 @@ def handed(spec: Spec) -> Any:
     recorder = Recorder(None)
     os.environ.update(spec["env"])
     job = pickle.loads(base64.b64decode(spec["job"]))
-    for needed in job.inputs:
-        fetch(*needed)
     try:
+        for needed in job.inputs:
+            fetch(*needed)
         with patch.object(shard_file, "PART", spec["part_bytes"]):
             assert loop.train(job, recorder)
     except UserError as error:

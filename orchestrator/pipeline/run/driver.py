@@ -38,7 +38,7 @@ from orchestrator.pipeline.tracking import system_metrics, tracking_run
 from orchestrator.pipeline.tracking.run_record import RunRecord, sum_up
 from orchestrator.shell_command import command
 from orchestrator.stages.base import uncompared_in
-from orchestrator.storage.artifacts import Artifact, DamagedError
+from orchestrator.storage.artifacts import Artifact, DamagedError, folder_name
 from orchestrator.tracking.run import NullRun, Run, Status
 
 DONE, FAILED, MISTAKE = 0, 1, 2
@@ -305,7 +305,8 @@ class _Driver:
         accused = {
             need
             for need in item.stage.roles.values()
-            if need in self._artifacts and Path(where).is_relative_to(self._artifacts[need].path)
+            # A path on a worker's machine, or an address in the store; the folder is called the same in both.
+            if (made := self._artifacts.get(need)) and folder_name(made.kind, made.key) in Path(where).parts
         }
         mended = [self._mend(need, (), root) for need in sorted(accused)]
         return any(mended) and not self._lacking(item)
