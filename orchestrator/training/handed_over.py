@@ -1,7 +1,8 @@
 """Files that a worker writes and the driver links into an artifact, with their sha256: nobody reads them for that.
 
 Beside such a file lies `.<name>.sha256` with what the worker said. It holds for the very file: one with another size or
-time of last change is read and hashed as any other. In a store it lies beside the object, and holds for its size.
+time of last change is read and hashed as any other. In a store it lies beside the object, and likewise holds for the
+object's own size and time: a worker that was thought dead may have put another one there since.
 """
 
 from __future__ import annotations
@@ -31,21 +32,38 @@ def note(path: Path, sha256: str | None = None) -> None:
         BYTES.read("checkpoint", status.st_size)
     said = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256}
     # Without it the file is hashed: that costs time only.
-    atomic_write(note_of(path), json.dumps(said), durable=False, only_writer=True)
+    atomic_write(_beside(path), json.dumps(said), durable=False, only_writer=True)
     BYTES.written("checkpoint", status.st_size)
 
 
 def hand_over(source: Path, target: Path) -> None:
     """Link a file to where it becomes part of an artifact; what is there is replaced."""
-    status = source.stat()
+    sha256 = _noted(source)
     link_or_copy(source, target)
-    try:
-        with open_regular(note_of(source)) as file:
-            said = json.loads(file.read())
-        if (said["size"], said["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
-            DIGESTS.note(target, str(said["sha256"]))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    if sha256 is not None:
+        DIGESTS.note(target, sha256)
+
+
+def put_noted(store: Store, name: str, path: Path) -> None:
+    """Put a file into a store, and then what was said of it, for :func:`refer_to_all`."""
+    store.put_file(name, path)
+    sha256, status = _noted(path), store.stat(name)
+    if sha256 is None or status is None:
         return
+    said = {"size": status.size, "modified": status.modified, "sha256": sha256}
+    store.put_bytes(str(_beside(PurePosixPath(name))), json.dumps(said).encode())
+
+
+def _noted(path: Path) -> str | None:
+    """The sha256 that was said of this very file."""
+    status = path.stat()
+    try:
+        with open_regular(_beside(path)) as file:
+            said = json.loads(file.read())
+        known = (said["size"], said["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+        return str(said["sha256"]) if known else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def compare(folder: Path, digests: Mapping[str, str]) -> None:
@@ -76,7 +94,7 @@ def plain_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def note_of(path: PathT) -> PathT:
+def _beside(path: PathT) -> PathT:
     """Where the sha256 of a file is said."""
     return path.with_name(f".{path.name}.sha256")
 
@@ -101,9 +119,10 @@ def refer_to_all(store: Store, prefix: str, folder: Path) -> None:
 
 def _said_of(store: Store, path: PurePosixPath) -> StoredObject | None:
     try:
-        said = json.loads(store.get_bytes(str(note_of(path))))
-        status, size, sha256 = store.stat(str(path)), int(said["size"]), str(said["sha256"])
+        said = json.loads(store.get_bytes(str(_beside(path))))
+        size, modified, sha256 = int(said["size"]), said["modified"], str(said["sha256"])
     except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    known = status is not None and status.size == size and _SHA256.fullmatch(sha256)
-    return StoredObject(str(path), size, sha256) if known else None
+    status = store.stat(str(path))
+    known = status is not None and (status.size, status.modified) == (size, modified)
+    return StoredObject(str(path), size, sha256) if known and _SHA256.fullmatch(sha256) else None

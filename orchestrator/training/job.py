@@ -18,7 +18,7 @@ from orchestrator.storage.open import Needed
 from orchestrator.storage.store import HasRanges, Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
 from orchestrator.training.checkpoint.storage import CheckpointStorage
-from orchestrator.training.handed_over import hand_over, note, note_of, plain_files, refer_to_all
+from orchestrator.training.handed_over import hand_over, note, plain_files, put_noted, refer_to_all
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import BlockSource
@@ -226,12 +226,7 @@ class Job:
 
     def _upload(self, path: Path) -> None:
         if self.remote is not None:
-            store, _ = self.remote
-            said = note_of(path)
-            # First: once the last export is there, nobody writes anything more.
-            if said.is_file():
-                store.put_bytes(self._stored(said), said.read_bytes())
-            store.put_file(self._stored(path), path)
+            put_noted(self.remote[0], self._stored(path), path)
             BYTES.written("checkpoint", path.stat().st_size)
 
     def _stored(self, path: Path) -> str:

@@ -160,7 +160,13 @@ def test_what_a_job_keeps_in_a_store_is_published_without_its_content(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "said", [None, b"[]", b'{"size": 1000000, "sha256": "0"}', b'{"size": 3, "sha256": "x"}']
+    "said",
+    [
+        None,
+        b"[]",
+        b'{"size": 1000000, "mtime_ns": 1, "sha256": "0"}',
+        b'{"size": 3, "modified": 1.0, "sha256": "x"}',
+    ],
 )
 def test_what_nobody_said_the_sha256_of_is_fetched(tmp_path: Path, said: bytes | None) -> None:
     store, job = kept_elsewhere(tmp_path)
@@ -172,6 +178,28 @@ def test_what_nobody_said_the_sha256_of_is_fetched(tmp_path: Path, said: bytes |
     job.collect_exports(tmp_path / "snapshots")
     assert counted(before) == {"checkpoint_bytes_read": len(WEIGHTS)}
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-00000004.safetensors"]
+
+
+def test_what_another_worker_has_put_there_since_is_no_longer_what_was_said(tmp_path: Path) -> None:
+    store, job = kept_elsewhere(tmp_path)
+    other = b"o" * len(WEIGHTS)
+    store.put_bytes("work/job/exports/step-00000004.safetensors", other)
+    artifacts = ArtifactStore(store)
+    out = artifacts.staging("out")
+    job.collect_exports(out / "snapshots")
+    made = artifacts.publish("pretrain", "0" * 64, out)
+    assert made.manifest.files["snapshots/step-00000004.safetensors"].sha256 == sha256(other)
+
+
+def test_what_was_said_of_an_earlier_file_is_not_put_beside_the_next(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    job = replace(finished_job(tmp_path / "here"), remote=(store, "work/job/"))
+    other = b"o" * len(WEIGHTS)
+    job.export(4).write_bytes(other)
+    os.utime(job.export(4), ns=(1, 1))
+    replace(job, finish=None).publish(4)
+    job.collect_exports(tmp_path / "snapshots")
+    assert (tmp_path / "snapshots/step-00000004.safetensors").read_bytes() == other
 
 
 def test_one_export_is_brought_to_this_machine(tmp_path: Path) -> None:
