@@ -23,7 +23,6 @@ logger = logging.getLogger("orchestrator")
 
 # Of a task whose machine is lost.
 _RETRIES = 3
-_POLL_S = 0.5
 
 
 def run_task(job: Job, work: Callable[[Job, Check], T], stop: threading.Event) -> T:
@@ -44,6 +43,7 @@ def run_task(job: Job, work: Callable[[Job, Check], T], stop: threading.Event) -
 
     if not ray.is_initialized():
         return work(job, lambda: _raise_if(stop))
+    from orchestrator.elastic.ray_connection import SLICE_S
     from orchestrator.elastic.resources import slot_of
 
     shape = slot_of(job)
@@ -52,7 +52,7 @@ def run_task(job: Job, work: Callable[[Job, Check], T], stop: threading.Event) -
     answer = remote.remote(job.for_workers(), work)
     try:
         _raise_if(stop)
-        while not ray.wait([answer], timeout=_POLL_S)[0]:
+        while not ray.wait([answer], timeout=SLICE_S)[0]:
             _raise_if(stop)
     except BaseException:
         ray.cancel(answer, force=True)

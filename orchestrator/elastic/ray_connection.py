@@ -19,7 +19,7 @@ logger = logging.getLogger("orchestrator")
 
 _CALLS_S, _STILL_S = 5.0, 0.2
 # Shorter than `_STILL_S`: whoever waits so is out of Ray before the process leaves the cluster.
-_SLICE_S = 0.1
+SLICE_S = 0.1
 _RAYS_THREADS = ("listener_thread", "logger_thread")
 _WAITING = ("get_objects", "wait")  # the innermost Python frame of `ray.get` and `ray.wait`
 
@@ -116,7 +116,7 @@ def answer_of(reference: Any, timeout_s: float) -> Any:
     until = time.monotonic() + timeout_s
     while True:
         left = until - time.monotonic()
-        ready, _ = ray.wait([reference], timeout=max(0.0, min(_SLICE_S, left)))
+        ready, _ = ray.wait([reference], timeout=max(0.0, min(SLICE_S, left)))
         if ready:
             return ray.get(reference)
         if left <= 0:

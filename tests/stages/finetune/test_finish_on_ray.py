@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from orchestrator.byte_counts import BYTES
-from orchestrator.elastic import one_task
-from orchestrator.elastic.one_task import run_task
+from orchestrator.elastic import one_task, ray_connection
+from orchestrator.elastic.one_task import Check, run_task
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.finetune.finish import Finished, Finishing
 from orchestrator.stages.finetune.pictures import Indexed
@@ -83,6 +86,36 @@ def test_a_mistake_and_a_stop_are_told_as_ever(trained: tuple[Job, Finishing], t
     with pytest.raises(UserError, match="differs from the sha256") as caught:
         run_task(job, replace(finishing, start=damaged), threading.Event())
     assert caught.value.where == str(finishing.start.folder / "model.safetensors")
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_task_that_is_stopped_ends_and_its_driver_waits_in_short_waits(
+    trained: tuple[Job, Finishing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    began, waits, stop, real = tmp_path / "began", [], threading.Event(), ray.wait
+
+    def endless(job: Job, check: Check) -> None:
+        began.write_text(str(os.getpid()))
+        time.sleep(1000)
+
+    def wait(references: Any, **options: Any) -> Any:
+        waits.append(options["timeout"])
+        if began.exists() and began.read_text():
+            stop.set()
+        return real(references, **options)
+
+    monkeypatch.setattr(ray, "wait", wait)
+    with pytest.raises(Stopped):
+        run_task(trained[0], endless, stop)
+    assert max(waits) < ray_connection._STILL_S, (
+        "a thread in a longer one may stay there when the cluster is left"
+    )
+    until = time.monotonic() + 30
+    while Path(f"/proc/{began.read_text()}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{began.read_text()}").exists()
 
 
 def test_without_a_cluster_it_is_done_here(
