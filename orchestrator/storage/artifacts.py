@@ -270,8 +270,8 @@ class ArtifactStore:
         for name, path in files.items():
             self.store.put_file(prefix + name, path, consume=not remote)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for taken in [pool.submit(self._take_over, one, prefix + name) for name, one in objects.items()]:
-                taken.result()
+            # By `map`: once one fails, those that have not begun are left.
+            list(pool.map(self._take_over, objects.values(), [prefix + name for name in objects]))
         self.store.put_bytes(prefix + MANIFEST, manifest.model_dump_json(indent=1).encode())
         artifact = Artifact(key, kind, self.store.local(prefix), manifest, remote)
         if remote:

@@ -31,9 +31,8 @@ from orchestrator.storage.scratch import Scratch
 from orchestrator.storage.store import SCRATCH, CannotCopyError, Stat, parts_of, usable
 
 PART = 16 * 2**20
-# A server copies at hundreds of MB/s, and has to answer within the time that a request may take. One request copies at
-# most 5 GiB.
-COPIED_PART = 256 * 2**20
+# A server has to answer within `Patience.read_s`, even one that shares 100 MB/s among all parts copied at once.
+COPIED_PART = 64 * 2**20
 THREADS = 4
 _CHUNK = 65536
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
@@ -125,7 +124,7 @@ class S3Store:
                     raise
 
     def copy(self, source: str, target: str) -> None:
-        """See :class:`Store`. Above 256 MiB in parts, several at a time, which are given up if it fails."""
+        """See :class:`Store`. Above 64 MiB in parts, several at a time, which are given up if it fails."""
         from boto3.s3.transfer import create_transfer_manager
         from botocore.exceptions import ClientError
 

@@ -17,7 +17,8 @@ from orchestrator.storage import artifacts as artifacts_module
 from orchestrator.storage import s3 as s3_module
 from orchestrator.storage.artifacts import Artifact, ArtifactStore, DamagedError
 from orchestrator.storage.references import StoredObject, refer
-from orchestrator.storage.s3 import S3Store
+from orchestrator.storage.s3 import COPIED_PART, S3Store
+from orchestrator.storage.s3_client import Patience
 
 KEY, OTHER = "0123456789abcdef" * 4, "f" * 64
 PREFIX = f"artifacts/pretrain-{KEY[:16]}/"
@@ -156,6 +157,25 @@ def test_an_object_with_another_content_is_found_where_it_is_read(
     Refusals(monkeypatch, "AccessDenied")
     with pytest.raises(DamagedError, match="work/x/model is damaged"):
         publish(artifacts, sha256="0" * 64)
+
+
+def test_a_slow_server_copies_all_parts_at_once_within_the_time_of_a_request() -> None:
+    in_flight = COPIED_PART * s3_module.THREADS * artifacts_module.AT_ONCE
+    assert in_flight / 100e6 < Patience().read_s
+
+
+def test_nothing_more_is_copied_once_an_object_could_not_be(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts_module, "AT_ONCE", 1)
+    artifacts = begun(S3Store(s3_uri))
+    folder = artifacts.staging("pretrain")
+    for number in range(20):
+        refer(folder / f"{number}.safetensors", StoredObject(f"work/x/{number}", 1, "0" * 64))
+    asked = Refusals(monkeypatch, None).calls
+    with pytest.raises(FileNotFoundError):
+        artifacts.publish("pretrain", KEY, folder)
+    assert asked.count("HeadObject") < 20
 
 
 @pytest.mark.parametrize("name", ["work/x/gone", "work/x/shard/below"])
