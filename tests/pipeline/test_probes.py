@@ -91,6 +91,11 @@ def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(LocalStore, "copy", refuse)
     assert probes.copy_trouble("s3://bucket") == "a may not be copied"
     assert list(store.list()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "delete", refuse)
+        assert probes.copy_trouble("s3://bucket") == "a may not be copied"
+    for name in list(store.list()):
+        store.delete(name)
     store = Odd(tmp_path)
     assert said() == "the store s3://bucket does not return what was written to it"
     store.takes = False

@@ -131,15 +131,19 @@ def store_trouble(uri: str, *, writes: bool) -> UserError | None:
 
 def copy_trouble(uri: str) -> str | None:
     """Why a store elsewhere, which can be used, does not copy objects; None if it does. Runs go on without."""
-    store = open_store(uri, _STORE_PATIENCE)
-    name = f"doctor/{uuid.uuid4().hex}"
-    copy = f"{name}-copy"
     try:
-        store.put_bytes(name, b"well")
-        copy_within(store, name, copy)
-        return None if store.get_bytes(copy) == b"well" else "the copy differs"
+        return None if _copies(open_store(uri, _STORE_PATIENCE)) else "the copy differs"
     except (OSError, UserError) as error:
         return first_line(error)
+
+
+def _copies(store: Store) -> bool:
+    name = f"doctor/{uuid.uuid4().hex}"
+    copy = f"{name}-copy"
+    store.put_bytes(name, b"well")
+    try:
+        copy_within(store, name, copy)
+        return store.get_bytes(copy) == b"well"
     finally:
         store.delete(name)
         store.delete(copy)
