@@ -27,6 +27,8 @@ _SAID = (
 _SAID_PERHAPS = ("disk I/O error", "unable to open database file")
 # Bytes free below which a disk is called full: whoever was refused may have removed its draft since.
 NEARLY_FULL = 2**20
+LEFT_FREE = 0.05
+"""The share of a disk that caches leave free, for checkpoints and others."""
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from orchestrator.disk import space
+from orchestrator.disk import LEFT_FREE, space
 from orchestrator.fsio import why
 from orchestrator.storage.cache_database import set_aside
 from orchestrator.storage.cache_folder import cache_folder
@@ -45,8 +45,6 @@ _UNUSED_S = 3600.0
 _TOUCH_S = 600.0
 # Another process that writes the index is waited for so long, in seconds.
 _BUSY_S = 2.0
-# The share of a disk that the cache leaves free, for checkpoints and others.
-_LEFT_FREE = 0.05
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS images (
     key BLOB NOT NULL PRIMARY KEY, shard INTEGER NOT NULL, start INTEGER NOT NULL, size INTEGER NOT NULL,
@@ -230,14 +228,14 @@ class ImageCache:
             self._say(f"resized photos are not kept in {self._folder}: {why(error)}")
             return 0
         taken = sum(one for _, one in sizes.values())
-        of_limit, of_disk = self._limit - taken, free - int(_LEFT_FREE * total)
+        of_limit, of_disk = self._limit - taken, free - int(LEFT_FREE * total)
         for shard, (used, one) in sorted(sizes.items(), key=lambda item: item[1]):
             if min(of_limit, of_disk) >= size or time.time() - used < _UNUSED_S:
                 break
             if self._remove(shard):
                 of_limit, of_disk = of_limit + one, of_disk + one
         if of_disk < size:
-            free_share = f"the disk of {self._folder} has less than {_LEFT_FREE:.0%} free"
+            free_share = f"the disk of {self._folder} has less than {LEFT_FREE:.0%} free"
             self._say(f"no more resized photos are kept: {free_share}. Others are decoded each time")
         elif of_limit < size:
             reached = f"those in {self._folder} take all of image_cache_gib ({self._limit / _GIB:g})"

@@ -6,16 +6,22 @@ does not grow with the number of pictures. The file has no name: it goes with th
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cache
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from orchestrator.disk import LEFT_FREE, space
+from orchestrator.fsio import why
 from orchestrator.storage.cache_folder import cache_folder
+
+logger = logging.getLogger("orchestrator")
 
 # Bytes up to which an array is in memory.
 _SMALL = 32 * 2**20
@@ -24,20 +30,24 @@ _PIECE = 8 * 2**20
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An array to fill. One for which the disk has no room is in memory, too."""
+    """An array to fill. One for which the disk has no room is in memory, too, and a warning says so once."""
     size = prod(shape) * np.dtype(dtype).itemsize
     if size <= _SMALL:
         return np.empty(shape, dtype)
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # Without it a full disk would end the process at some later write.
-            os.posix_fallocate(file.fileno(), 0, size)
-            # The mapping keeps the file when it is closed.
-            return np.asarray(np.memmap(file, dtype=dtype, mode="r+", shape=shape))
-    except OSError:
-        return np.empty(shape, dtype)
+        free, total = space(folder)
+        if size <= free - LEFT_FREE * total:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # Without it a full disk would end the process at some later write.
+                os.posix_fallocate(file.fileno(), 0, size)
+                # The mapping keeps the file when it is closed.
+                return np.asarray(np.memmap(file, dtype=dtype, mode="r+", shape=shape))
+        _warn(f"the disk of {folder} would have less than {LEFT_FREE:.0%} free")
+    except OSError as error:
+        _warn(f"{folder} cannot be used: {why(error)}")
+    return np.empty(shape, dtype)
 
 
 def pieces(rows: NDArray[Any]) -> Iterator[slice]:
@@ -71,3 +81,8 @@ def taken(array: NDArray[Any], rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
     for piece in pieces(found):
         found[piece] = array[rows[piece]]
     return found
+
+
+@cache
+def _warn(reason: str) -> None:
+    logger.warning("large features are kept in memory, and not in files: %s", reason)

@@ -44,14 +44,31 @@ def test_a_small_array_is_in_memory() -> None:
     assert not is_mapped(empty((40, 5), np.float32))
 
 
-def test_what_the_disk_has_no_room_for_is_in_memory(in_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_disk_has_no_room_for_is_in_memory_with_a_warning(
+    in_files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    array = empty((40, 5), np.uint8)
-    assert not is_mapped(array)
-    assert array.shape == (40, 5)
+    for _ in range(2):
+        array = empty((40, 5), np.uint8)
+        assert not is_mapped(array)
+        assert array.shape == (40, 5)
+    said = f"large features are kept in memory, and not in files: {in_files} cannot be used: No space left on device"
+    assert caplog.messages == [said]
+
+
+def test_a_part_of_the_disk_is_left_free_for_others(
+    in_files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(large_arrays, "space", lambda folder: (700, 10_000))
+    assert is_mapped(empty((40, 5), np.uint8))
+    assert caplog.messages == []
+    assert not is_mapped(empty((41, 5), np.uint8))
+    assert caplog.messages == [
+        f"large features are kept in memory, and not in files: the disk of {in_files} would have less than 5% free"
+    ]
 
 
 def test_pieces_are_all_rows_in_their_order(in_files: Path) -> None:
