@@ -124,7 +124,7 @@ def check_ratio(name: str, ratio: tuple[float, float]) -> None:
 
 
 class Optimizer(Settings):
-    """AdamW and its schedules, with the defaults of the DINOv3 recipe (arXiv 2508.10104 and its published code)."""
+    """AdamW and its schedules, with the values of DINOv3's pretraining (arXiv 2508.10104 and its published code)."""
 
     lr: Schedule = Field(
         description="The learning rate by step. It is used as given and is not scaled by the batch size."
@@ -142,7 +142,7 @@ class Optimizer(Settings):
         30.0,
         gt=0,
         description="The maximum gradient norm of each submodule (the backbone, each head). Larger gradients are "
-        "scaled down to it; null turns clipping off (DINOv3's published code: 30).",
+        "scaled down to it (DINOv3's published code: 30); null turns clipping off.",
     )
     layer_decay: float = Field(
         0.98,

@@ -51,6 +51,12 @@ class AlignOptimizer(Optimizer):
         Schedule(peak=1e-4),
         description="AdamW's decoupled weight decay by step (dino.txt: 1e-4). Vectors and scalars are not decayed.",
     )
+    clip_norm: float | None = Field(
+        30.0,
+        gt=0,
+        description="The maximum gradient norm of each submodule. Larger gradients are scaled down to it; null turns "
+        "clipping off, as in dino.txt.",
+    )
     layer_decay: float = Field(
         1.0,
         ge=1,
@@ -191,7 +197,8 @@ class AlignText(MixStage):
     vocab_size: int = Field(
         4096,
         ge=SMALLEST_VOCABULARY,
-        description="The maximum vocabulary size of the tokenizer that is trained (dino.txt's own tokenizer: 49,408).",
+        description="The maximum vocabulary size of the tokenizer that is trained (dino.txt, with CLIP's tokenizer: "
+        "49,408).",
     )
     context: int = Field(
         77,

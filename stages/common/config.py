@@ -96,7 +96,8 @@ class Heads(Settings):
         256,
         ge=1,
         le=MAX_WIDTH,
-        description="The width of the hidden layers of both heads (DINOv3's 7B: 8192).",
+        description="The width of the hidden layers of both heads (DINOv3's 7B: 8192, but 4096 in the iBOT head of its "
+        "published code).",
     )
     dino_bottleneck: int = Field(
         64, ge=1, le=MAX_WIDTH, description="The width of the DINO head's bottleneck (DINOv3's 7B: 512)."

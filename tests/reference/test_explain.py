@@ -36,7 +36,8 @@ def test_a_key_says_its_type_default_effect_and_meaning() -> None:
         "stages.pretrain.heads.hidden\n"
         "  integer ≥ 1; default 256; when it changes, stages run again\n"
         "\n"
-        "  The width of the hidden layers of both heads."
+        "  The width of the hidden layers of both heads (DINOv3's 7B: 8192, but 4096 in the iBOT head of its\n"
+        "  published code)."
     )
     assert "no stage runs again" in said("elastic.workers")
     assert "  number ≥ 0; required; " in said("stages.pretrain.optimizer.lr.peak")
