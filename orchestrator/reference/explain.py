@@ -19,6 +19,7 @@ from orchestrator.stages.registry import every_stage, file_of, kind_of, kinds_of
 _STAGES = "stages"
 # What stands for a name that the user gives.
 _NAME = "NAME"
+_FIRST_SENTENCE = re.compile(r"(?:\([^()]*\)|[^.;:(]|[.;:](?=\S)|\()*")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,10 @@ def _wrapped(prose: str, width: int) -> list[str]:
 
 
 def _first_sentence(meaning: str) -> str:
-    return re.split(r"(?<=[.;:])\s", meaning, maxsplit=1)[0].rstrip(".;:")
+    """Up to the first full stop, semicolon or colon that is not inside parentheses, as those of a default's source."""
+    found = _FIRST_SENTENCE.match(meaning)
+    assert found is not None, "it matches any text"
+    return found[0]
 
 
 def _plain(markdown: str) -> str:
@@ -186,8 +190,11 @@ def _key(model: type[BaseModel], name: str, above: Sequence[str]) -> Key:
         if key.name == name:
             return key
     known = _names(model)
-    close = nearest(name, known)
-    hint = f"did you mean {'.'.join([*above, close])!r}?" if close else f"there are: {', '.join(known)}"
+    if new := getattr(model, "renamed", {}).get(name):
+        hint = f"it is now called {'.'.join([*above, new])!r}"
+    else:
+        close = nearest(name, known)
+        hint = f"did you mean {'.'.join([*above, close])!r}?" if close else f"there are: {', '.join(known)}"
     where = ".".join(above) or "a pipeline file"
     raise UserError(f"{where} has no key {name!r}", hint=hint)
 

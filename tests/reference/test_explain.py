@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.errors import UserError
-from orchestrator.reference.explain import explain, text
+from orchestrator.reference.explain import Explanation, explain, text
 from orchestrator.reference.json_schema import schema, schema_text
 from orchestrator.reference.page import described, reference, sections
 from orchestrator.stages import AnyStage
@@ -49,6 +49,20 @@ def test_a_section_lists_its_keys() -> None:
     assert any(line.split()[:1] == ["model"] for line in lines)
     assert said("").startswith("A pipeline file\n")
     assert "    curate       Files of one or more datasets" in said("stages")
+
+
+def test_a_list_of_keys_ends_no_line_within_parentheses() -> None:
+    optimizer = said("pretrain.optimizer")
+    assert "    lr                 The learning rate by step\n" in optimizer
+    betas = (
+        "betas The decay rates of AdamW's two moments (DINOv3's published code: 0.9 and 0.99) weight_decay "
+    )
+    assert betas in " ".join(optimizer.split())
+    for model in sections():
+        for key in described(model):
+            line = text(Explanation(["x"], None, "", [key]), width=10_000)
+            assert line.count("(") == line.count(")"), line
+            assert line[-1] not in ".:;", line
 
 
 def test_keys_that_no_model_says_itself_are_explained() -> None:
@@ -105,6 +119,11 @@ def test_every_key_can_be_asked_for() -> None:
         ("stages.pretrian", r"no stage kind 'pretrian'.*mean 'stages\.pretrain'"),
         ("stages.pretrain.homogenous", r"no key 'homogenous'.*mean 'stages\.pretrain\.homogeneous'"),
         ("nothing-like-it", "a pipeline file has no key 'nothing-like-it'.*there are: name, seed"),
+        (
+            "distill.replay",
+            "stages.distill has no key 'replay'.*it is now called 'stages.distill.teacher_cache'",
+        ),
+        ("elastic.hang_s", "elastic has no key 'hang_s'.*it is now called 'elastic.stall_timeout_s'"),
         ("name.x", "name has no keys below it.*it is text"),
         ("extends.x", "extends has no keys below it.*it is path"),
         ("stages.distill.students.a.modl", r"mean 'stages\.distill\.students\.a\.model'"),
