@@ -31,6 +31,7 @@ from orchestrator.stages.common.weights import (
 )
 from orchestrator.stages.distill.features import OWN, FeatureObjective
 from orchestrator.stages.distill.student_config import Student
+from orchestrator.units import size
 
 if TYPE_CHECKING:
     from orchestrator.stages.common.checkpointed import CheckpointedModel
@@ -304,8 +305,7 @@ class Distill(MultiCropStage):
             return
         fits = int(room // step_bytes) - 1
         raise UserError(
-            f"{held} steps of {step_bytes / 1e9:.3g} GB each are kept at the same time, and the object store has "
-            f"{room / 1e9:.3g} GB",
+            f"{held} steps of {size(step_bytes)} each are kept at the same time, and the object store has {size(room)}",
             where=where,
             hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",
         )

@@ -33,6 +33,7 @@ from orchestrator.storage.open import Needed, open_store
 from orchestrator.storage.store import Store
 from orchestrator.teacher_service.cache import CachedTeacher, RepeatingTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
+from orchestrator.units import size
 
 logger = logging.getLogger("orchestrator")
 
@@ -162,18 +163,16 @@ class Teaching(ABC):
         # On disk it has its name from before `teacher_cache`, so that what is there is found.
         with self._context.part("replay", self._output_identity()) as part:
             work, remote = part.work, part.remote
-        size = self.output_bytes() * self._config.batch_size * num_steps
-        logger.info(
-            "the teacher's outputs of %d steps are kept and take up to %.2f GB", num_steps, size / 1e9
-        )
+        needed = self.output_bytes() * self._config.batch_size * num_steps
+        logger.info("the teacher's outputs of %d steps are kept and take up to %s", num_steps, size(needed))
         if remote is not None:
             return remote
         work.mkdir(parents=True, exist_ok=True)
         known = sum(path.stat().st_size for path in work.glob("step-*"))
-        if size - known > disk.space(work)[0]:
+        if needed - known > disk.space(work)[0]:
             field = "teacher_cache" if self._config.teacher_cache else "features.repeat_after"
             raise UserError(
-                f"the teacher's outputs need {size / 1e9:.1f} GB, more than is free on the disk of {work}",
+                f"the teacher's outputs need {size(needed)}, more than is free on the disk of {work}",
                 where=f"stages.{self._context.name}.{field}",
                 hint="leave it out, or use a store with more room",
             )

@@ -257,7 +257,7 @@ def test_more_views_than_this_machine_can_hold_are_refused_before_anything_runs(
     monkeypatch.setattr(crop_checks, "most_object_store", lambda: 10 * step)
     check("stages.distill.window=9")
     with pytest.raises(
-        UserError, match=r"11 steps of 0.00118 GB each are kept at the same time.*has 0.0118 GB"
+        UserError, match=r"11 steps of 1.1 MiB each are kept at the same time.*has 11.2 MiB"
     ) as caught:
         check("stages.distill.window=10")
     assert caught.value.where is not None

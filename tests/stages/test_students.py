@@ -75,7 +75,7 @@ def test_a_window_that_does_not_fit_is_refused_with_one_that_does() -> None:
     config = Distill.model_validate(STAGE)
     config.check_room(3, int(10e9), 45e9, "stages.distill.window")
     with pytest.raises(
-        UserError, match=r"6 steps of 10 GB each are kept at the same time.*has 45 GB"
+        UserError, match=r"6 steps of 9.3 GiB each are kept at the same time.*has 41.9 GiB"
     ) as caught:
         config.check_room(5, int(10e9), 45e9, "stages.distill.window")
     assert caught.value.where == "stages.distill.window"
