@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from orchestrator.errors import Stopped, UserError, shortened
+from orchestrator.errors import Stopped, UserError, joined, shortened
 
 if TYPE_CHECKING:
     from orchestrator.pipeline.load import LoadedPipeline
@@ -149,7 +149,6 @@ def plan(
         UserError: a mistake in the file, or data that is not there, on which keys depend.
     """
     from orchestrator.pipeline.check.pipeline_check import check
-    from orchestrator.pipeline.load import joined
     from orchestrator.pipeline.plan.stage_plan import plan_of
 
     choice = _choice(only, first, last, force)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from orchestrator.redact import redacted
 
@@ -12,6 +12,8 @@ _LIKENESS = 0.6
 _LONGEST_NAME = 200
 # Characters of one line of a message.
 _LINE = 1000
+# Mistakes that are shown at once.
+_MAX_ERRORS = 20
 
 
 class UserError(Exception):
@@ -45,6 +47,16 @@ class UserError(Exception):
 
 def _rebuild(what: str, where: str | None, hint: str | None) -> UserError:
     return UserError(what, where=where, hint=hint)
+
+
+def joined(errors: Sequence[UserError]) -> UserError:
+    """Several mistakes as one, which names each."""
+    if len(errors) == 1:
+        return errors[0]
+    shown = [str(error) for error in errors[:_MAX_ERRORS]]
+    if len(errors) > _MAX_ERRORS:
+        shown.append(f"and {len(errors) - _MAX_ERRORS} more mistakes")
+    return UserError("\n".join(shown))
 
 
 class KeyMistakeError(ValueError):

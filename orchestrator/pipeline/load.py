@@ -23,7 +23,7 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Pipeline
 from orchestrator.config.validation_errors import validation_errors
 from orchestrator.data.sources.captions import captions_path
-from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.errors import UserError, joined, nearest, shortened
 from orchestrator.redact import redacted, redacted_values, secret_in
 from orchestrator.stages.base import Stage
 from orchestrator.storage.local import not_followed
@@ -37,8 +37,6 @@ logger = logging.getLogger("orchestrator")
 _STORE_FOLDERS = ("artifacts", "work", "ledger", "holds", "logs", "pipelines", "spool")
 _OF_A_PIPELINE = ("ledger", "logs", "pipelines", "spool")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,99}")
-# Mistakes that are shown at once.
-_MAX_ERRORS = 20
 
 
 @dataclass(frozen=True)
@@ -245,16 +243,6 @@ def _all_stages() -> Any:
     from orchestrator.stages import AnyStage
 
     return AnyStage
-
-
-def joined(errors: Sequence[UserError]) -> UserError:
-    """Several mistakes as one, which names each."""
-    if len(errors) == 1:
-        return errors[0]
-    shown = [str(error) for error in errors[:_MAX_ERRORS]]
-    if len(errors) > _MAX_ERRORS:
-        shown.append(f"and {len(errors) - _MAX_ERRORS} more mistakes")
-    return UserError("\n".join(shown))
 
 
 def _check(loaded: LoadedPipeline) -> list[UserError]:

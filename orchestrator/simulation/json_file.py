@@ -11,11 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config.validation_errors import validation_errors
 from orchestrator.config.yaml_source import Document, KeyPath, json_document, read_text
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, joined
 
 # Years of spot prices are a few megabytes.
 _MAX_BYTES = 16 << 20
-_MAX_ERRORS = 10
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -59,10 +58,7 @@ class JsonFile:
         try:
             return model.model_validate(self.data)
         except ValidationError as error:
-            found = validation_errors(error, self._document, model)[:_MAX_ERRORS]
-        if len(found) == 1:
-            raise found[0]
-        raise UserError("\n".join(str(error) for error in found))
+            raise joined(validation_errors(error, self._document, model)) from None
 
     @cached_property
     def _document(self) -> Document:

@@ -163,6 +163,15 @@ def test_what_is_no_trace(tmp_path: Path, text: str, message: str) -> None:
         read_trace(path)
 
 
+def test_mistakes_that_are_not_shown_are_counted(tmp_path: Path) -> None:
+    path = written(tmp_path, events=[{"at": -1, "node": "a", "event": "up"}] * 23)
+    with pytest.raises(UserError) as caught:
+        read_trace(path)
+    said = str(caught.value).splitlines()
+    assert sum("must be greater than or equal to 0" in line for line in said) == 20
+    assert said[-1] == "and 3 more mistakes"
+
+
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     written(tmp_path, "calm.json")
     with pytest.raises(UserError, match=r"(?s)no such trace.*did you mean .*calm\.json"):

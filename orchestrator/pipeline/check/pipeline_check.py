@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import UserError, first_line, printable, shortened
+from orchestrator.errors import UserError, first_line, joined, printable, shortened
 from orchestrator.pipeline import dag
 from orchestrator.pipeline.check.band_checks import pixel_errors
 from orchestrator.pipeline.check.probes import Probes
 from orchestrator.pipeline.cost import memory_and_disk
-from orchestrator.pipeline.load import LoadedPipeline, joined, unusable_work, unwritable_folders
+from orchestrator.pipeline.load import LoadedPipeline, unusable_work, unwritable_folders
 from orchestrator.pipeline.plan import crop_checks
 from orchestrator.pipeline.plan.stage_plan import (
     EVERYTHING,
