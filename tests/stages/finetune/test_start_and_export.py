@@ -167,6 +167,31 @@ def test_a_network_of_transformers_is_tuned_and_loads_again(mode: str, index: Pa
     assert same == (mode == "frozen")
 
 
+@pytest.mark.parametrize("library", ["ours", "transformers"])
+def test_adapters_and_vectors_are_merged_into_what_was_trained(
+    library: str, start: StartingBackbone, index: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    Dinov2Model(tiny_dinov2()).save_pretrained(tmp_path / "dinov2")
+    lora = {"rank": 2, "targets": ["attention", "mlp"], "vectors": True}
+    source = (
+        {"from": str(start.folder)} if library == "ours" else {"network": {library: str(tmp_path / "dinov2")}}
+    )
+    stage = config(image_size=16, mode="lora", lora=lora, **source)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    with starting_backbone(stage, context(index, tmp_path)) as begun:
+        file = exported(stage, begun, tmp_path / "e.safetensors")
+        save_finetuned(stage, begun, LABELS, file, tmp_path / "model")
+        net = FinetuneTask(stage, begun, LABELS, 0).build("cpu").trainable.eval()
+    net.load_state_dict(load_file(file), strict=False)
+    assert {".lora_up" in name for name in load_file(file)} == {True, False}
+    with torch.no_grad():
+        wanted = net.backbone(normalise(torch.from_numpy(picture).permute(2, 0, 1)[None]))
+    found = orchestrator.load(tmp_path / "model").features(picture)
+    np.testing.assert_allclose(found.cls, wanted.cls.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.patches, wanted.patches.numpy(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("lora", "said", "where"),
     [
