@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import textwrap
@@ -170,7 +171,7 @@ class FirstPipeline:
         """Write the file, and the table of labels beside it.
 
         Raises:
-            UserError: one of them is there already; nothing is written then.
+            UserError: one of them is there already or cannot be written; nothing is written then.
         """
         contents = {self.out: self.text()}
         if self.labels_table is not None:
@@ -204,7 +205,7 @@ def first_pipeline(
         timed: measures the machine.
 
     Raises:
-        UserError: `out` is there already, or there are next to no pictures.
+        UserError: `out` is there already or cannot be written, or there are next to no pictures.
     """
     _check_free(out)
     if survey.num_pictures < _LEAST:
@@ -322,6 +323,11 @@ def _check_free(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} to write {path.name} into", hint="make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{path} cannot be written: no permission in {path.parent.absolute()}",
+            hint="name a file in another folder with --out, or run the command in a folder of your own",
+        )
 
 
 def _comment(text: str, indent: int = 0) -> str:

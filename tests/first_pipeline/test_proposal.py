@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -182,6 +183,17 @@ def test_nothing_is_overwritten() -> None:
         chosen(Path("cats"))
     assert "--out" in str(raised.value)
     assert Path("pipeline.yaml").read_text() == Path("pipeline-labels.csv").read_text() == "mine"
+
+
+def test_a_folder_without_permission_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labelled(Path("cats"))
+    # Root may write everywhere, so the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path())
+    with pytest.raises(UserError, match=r"^pipeline\.yaml cannot be written: no permission in /") as raised:
+        chosen(Path("cats"))
+    assert "--out" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["a\nstages: {}", "true", "#1", "été", "- x", "a: b", "2024", "*a", "'"])
