@@ -21,9 +21,9 @@ from orchestrator.data.sources.account import HEADER, row
 from orchestrator.errors import shortened
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.keys.cache_key import short
-from orchestrator.pipeline.table import Rows
 from orchestrator.progress import BARS, Progress, time_left
 from orchestrator.redact import HIDDEN, KeyBlocks, redacted
+from orchestrator.table import Rows
 from orchestrator.units import duration
 
 if TYPE_CHECKING:
@@ -352,7 +352,7 @@ def print_stages(console: Console, loaded: LoadedPipeline) -> None:
     for missing in loaded.missing:
         _print_warning(console, missing)
     if loaded.missing:
-        note = "Which stages would run is known once that exists."
+        note = "Which stages would run is known once nothing is missing."
         console.print(Text(note, style="bright_black"), soft_wrap=True)
 
 

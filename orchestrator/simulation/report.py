@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from orchestrator.simulation.prediction import CAUSES, JobResult, Prediction
+from orchestrator.table import Rows
 from orchestrator.units import duration
 
 _HEADINGS = {
@@ -68,10 +69,11 @@ class Report:
 
     def print(self, console: Console) -> None:
         """The tables."""
-        console.print(_stages(self.trace, self.main))
+        console.print(Text(f"Simulated on {self.trace}", style="bold"))
+        _stages(self.main).print(console)
         self._print_end(console)
         if self.intervals:
-            console.print(_intervals(self.intervals))
+            _intervals(self.intervals).print(console)
         if self.source == "defaults":
             hint = "the costs are default estimates; give your model's with --costs or --cost block_s=…"
             console.print(f"  {hint}", style="bright_black", soft_wrap=True)
@@ -95,20 +97,19 @@ class Report:
         console.print(cost, highlight=False, soft_wrap=True)
 
 
-def _stages(title: str, prediction: Prediction) -> Table:
-    table = Table(title=f"simulated on {title}", title_justify="left", title_style="bold")
-    table.add_column("stage")
-    columns = ("steps", "ends after", "goodput", *_HEADINGS.values(), "preempted", "announced", "resized")
-    for column in columns:
-        table.add_column(column, justify="right")
+def _stages(prediction: Prediction) -> Rows:
+    causes, counts = list(_HEADINGS.values()), ["preempted", "announced", "resized"]
+    # In a narrow terminal the rare causes go first.
+    expendable = [*reversed(counts), *reversed(causes)]
+    table = Rows(("stage", "steps", "ends after", "goodput", *causes, *counts), expendable)
     for stage in prediction.stages:
         if not stage.jobs:
             ended = duration(stage.ended) if stage.ended is not None else "–"
-            table.add_row(stage.name, "", ended, style="bright_black")
+            cells = [stage.name, "", ended, *[""] * (len(table.columns) - 3)]
+            table.add(*(Text(cell, style="bright_black") for cell in cells))
         for job in stage.jobs:
-            table.add_row(*_row(job))
-    table.add_section()
-    table.add_row(*_row(prediction.total()), style="bold")
+            table.add(*_row(job))
+    table.add(*(Text(cell, style="bold") for cell in _row(prediction.total())))
     return table
 
 
@@ -121,15 +122,21 @@ def _row(job: JobResult) -> list[str]:
     return [job.name, steps, ended, f"{metrics['goodput']:.1%}", *seconds, *counts]
 
 
-def _intervals(intervals: Mapping[str, Prediction]) -> Table:
-    table = Table(title="time between checkpoints", title_justify="left", title_style="bold")
-    headings = ("seconds", "ends after", "goodput", "lost steps", "checkpoint", "checkpoints")
-    for column in (*headings, "cost (currency of the prices)"):
-        table.add_column(column, justify="right")
+def _intervals(intervals: Mapping[str, Prediction]) -> Rows:
+    headings = (
+        "time between checkpoints",
+        "ends after",
+        "goodput",
+        "lost steps",
+        "checkpoint",
+        "checkpoints",
+        "cost",
+    )
+    table = Rows(headings, expendable=("checkpoints", "checkpoint", "lost steps"))
     for name, prediction in intervals.items():
         metrics = prediction.total().metrics()
-        table.add_row(
-            name,
+        table.add(
+            name if name == "auto" else f"{name} s",
             duration(prediction.seconds) if prediction.finished else "–",
             f"{metrics['goodput']:.2%}",
             duration(metrics["seconds_lost"]),

@@ -100,7 +100,7 @@ def test_what_a_run_costs_is_in_the_currency_of_its_prices(pipeline: LoadedPipel
     options = SimulateOptions(TRACES / "stormy.json", price=1.5, intervals=["5"])
     simulate(pipeline.spec, order(pipeline), options).print(Console(file=output, width=200))
     assert ", in the currency of the prices, for " in output.getvalue()
-    assert "cost (currency of the prices)" in output.getvalue()
+    assert "checkpoints  cost" in output.getvalue()
 
 
 @pytest.mark.parametrize(

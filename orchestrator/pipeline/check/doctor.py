@@ -15,8 +15,8 @@ from orchestrator.elastic.cluster_check import load, short_folder
 from orchestrator.errors import UserError
 from orchestrator.pipeline.check.probes import copy_trouble, store_trouble
 from orchestrator.pipeline.keys.code_digest import versions
-from orchestrator.pipeline.table import stage_table
 from orchestrator.storage.open import is_remote
+from orchestrator.table import stage_table
 
 _REQUIRED = ("dinov3-orchestrator", "torch", "ray", "deepspeed", "mlflow", "pydantic", "pyarrow", "numpy")
 _GIB = 2**30

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from orchestrator.config.schema import Hardware
 from orchestrator.pipeline.cost.costing import Costing
-from orchestrator.pipeline.table import stage_table
+from orchestrator.table import stage_table
 
 _MEMORY_PARTS = (
     "weights", "gradients", "optimiser", "EMA", "frozen weights", "gathered", "reduce bucket",

@@ -17,12 +17,12 @@ from orchestrator.pipeline import dag
 from orchestrator.pipeline.cost.costing import costing, zero_stage
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import crop_checks
-from orchestrator.pipeline.table import stage_table
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.workload import Workload
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.profiling import Material, PartCosts, estimated, measured
+from orchestrator.table import stage_table
 
 if TYPE_CHECKING:
     from orchestrator.storage.artifacts import Artifact

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.pipeline.table import stage_table
+from orchestrator.table import stage_table
 from orchestrator.training.checkpoint.inspect import Description
 from orchestrator.units import size
 

@@ -21,10 +21,10 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan.stage_plan import ResolvedStage, as_recorded
 from orchestrator.pipeline.store.ledger import Ledger
 from orchestrator.pipeline.store.workspace import Workspace, removal_order
-from orchestrator.pipeline.table import stage_table
 from orchestrator.storage.artifacts import ArtifactStore, folder_name
 from orchestrator.storage.manifest import MANIFEST
 from orchestrator.storage.store import Store
+from orchestrator.table import stage_table
 from orchestrator.units import size
 
 _PLACES = ("artifacts", "work")

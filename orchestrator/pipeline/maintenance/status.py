@@ -19,9 +19,9 @@ from orchestrator.pipeline.maintenance.gc import left_behind, summary
 from orchestrator.pipeline.plan.stage_plan import as_recorded
 from orchestrator.pipeline.store.ledger import PipelineState, StageState
 from orchestrator.pipeline.store.workspace import Workspace
-from orchestrator.pipeline.table import Rows
 from orchestrator.pipeline.tracking.tracking_run import waiting
 from orchestrator.shell_command import command
+from orchestrator.table import Rows
 from orchestrator.tracking.backlog import counted
 from orchestrator.tracking.spool import Spool
 from orchestrator.units import duration

@@ -183,7 +183,7 @@ def test_a_plan_names_the_nearest_folder_of_missing_data(folder: Path) -> None:
     said = CliRunner().invoke(app, ["plan", "pipeline.yaml"]).output
     assert "! no such folder: photos" in said
     assert "hint did you mean photo?" in said
-    assert "Which stages would run is known once that exists." in said
+    assert "Which stages would run is known once nothing is missing." in said
 
 
 def test_of_missing_captions_nothing_is_said_but_that_they_are_missing(folder: Path) -> None:

@@ -17,7 +17,7 @@ _READABLE = 36
 
 @dataclass(frozen=True)
 class Rows:
-    """A table of stages or runs.
+    """A table of stages, runs or settings.
 
     Attributes:
         columns: their headings. The last column takes the room that the others leave, and wraps.

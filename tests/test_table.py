@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.pipeline.console import Reporter, mark
-from orchestrator.pipeline.table import Rows
+from orchestrator.table import Rows
 
 WHY = "config.optimizer.lr.peak: 0.002 → 0.004"
 
