@@ -257,6 +257,7 @@ def test_two_pipelines_do_not_work_on_one_key_at_once(pipeline: Path) -> None:
         code, said = run(pipeline)
     assert code == 2
     assert "already being run by process" in said
+    assert f"at   the store {Path('runs').absolute()}" in said
     assert run(pipeline)[0] == 0
 
 

@@ -204,7 +204,7 @@ class LeaseManager:
             try:
                 entry = queue.acquire(self._me, contender, above=above or 0)
             except LockTakenError as error:
-                raise _taken(error.who, what, queue.name) from None
+                raise _taken(error.who, what, self._store.uri) from None
             except OSError as error:
                 raise _unwritable(error, self._store.root) from None
             finally:
@@ -238,7 +238,7 @@ class LeaseManager:
         """Raises UserError if a living process holds `name`; the message names it and `what` it holds."""
         holder = self.holder(name)
         if holder is not None and holder.alive:
-            raise _taken(holder.who, what, f"holds/{name}")
+            raise _taken(holder.who, what, self._store.uri)
 
     def send_heartbeat(self) -> float:
         """Returns the time just before it, by this module's clock."""
@@ -339,7 +339,7 @@ def _unwritable(error: OSError, root: Path) -> UserError:
     return UserError(f"cannot write to the store: {error}", where="store")
 
 
-def _taken(who: ProcessIdentity, what: str, where: str) -> UserError:
+def _taken(who: ProcessIdentity, what: str, uri: str) -> UserError:
     hint = "wait for it, or stop it with Ctrl-C in its terminal"
     if is_suspended(who):
         hint = (
@@ -347,4 +347,4 @@ def _taken(who: ProcessIdentity, what: str, where: str) -> UserError:
         )
     elif lives(who) is None:
         hint = f"wait for it, or stop it on {who.host}"
-    return UserError(f"{what} is already being run by {who}", where=where, hint=hint)
+    return UserError(f"{what} is already being run by {who}", where=f"the store {redacted(uri)}", hint=hint)
