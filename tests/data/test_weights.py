@@ -104,5 +104,6 @@ def test_the_command_that_fetches_a_missing_file_is_known(model: str, tmp_path: 
     folder = tmp_path / model
     for name in MODELS[model].made:
         assert weights.fetch_command(folder / name) == f"python -m orchestrator.data.weights {model} {folder}"
+    assert weights.fetch_command(folder) == f"python -m orchestrator.data.weights {model} {folder}"
     assert weights.fetch_command(folder / "another.bin") is None
     assert weights.fetch_command(tmp_path / "mine" / MODELS[model].made[0]) is None
