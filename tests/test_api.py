@@ -167,7 +167,7 @@ def test_what_cannot_be_loaded_or_embedded_is_a_user_error(folder: Path) -> None
         ("no model can be loaded", lambda: orchestrator.load("nowhere")),
         ("no model can be loaded", lambda: orchestrator.load("photos")),
         ("this is not an image", lambda: orchestrator.embed(model, "photos/none.png")),
-        ("this is not an image", lambda: orchestrator.embed(model, "photos/missing.png")),
+        ("no such file", lambda: orchestrator.embed(model, "photos/missing.png")),
         ("patches of 8 pixels do not fill 20", lambda: orchestrator.embed(model, "photos/0.png", size=20)),
         ("not known at which size", lambda: orchestrator.embed(model.module, "photos/0.png")),
         ("no text tower", lambda: orchestrator.embed(model, texts=["a photo"])),

@@ -69,6 +69,9 @@ def square_of(image: ImageLike, size: int, pixels: PixelFormat | None = None) ->
     except (UnreadableImage, OSError, ValueError, TypeError) as error:
         reason = error.reason if isinstance(error, UnreadableImage) else first_line(error)
         where = shown(str(image)) if isinstance(image, (str, os.PathLike)) else None
+        if isinstance(error.__cause__ or error, FileNotFoundError):
+            hint = None if Path(str(image)).is_absolute() else f"the path is taken from {Path.cwd()}"
+            raise UserError("no such file", where=where, hint=hint) from error
         raise UserError(f"this is not an image: {shortened(reason, 200)}", where=where) from error
 
 

@@ -172,7 +172,7 @@ def test_mistakes_are_one_error_and_nothing_is_embedded_for_them(
         (["photos", "--text", "a dog", "--model", "./model"], "no text tower"),
         (["photos", "photos/large.jpg"], "no model is named"),
         (["photos", "photos/empty.png", "--model", "./model"], "this is not an image: the file is empty"),
-        (["photos", "nowhere.png", "--model", "./model"], "this is not an image"),
+        (["photos", "nowhere.png", "--model", "./model"], "no such file   at   nowhere.png"),
         (["photos", "photos/pipe.jpg", "--model", "./model"], "this is not an image"),
         (["nowhere", "photos/large.jpg", "--model", "./model"], "nowhere does not exist"),
         (["photos/large.jpg", "photos/large.jpg"], "no embeddings can be read"),
