@@ -94,6 +94,8 @@ def _roll_back(client: MlflowClient, reference: Reference, alias: str, to: int |
 def _previous(name: str, alias: str, now: int, known: Sequence[int], numbers: Sequence[int]) -> int:
     """The version that had the alias before, if that is on record."""
     hint = f"name the version: --to VERSION, one of {_listed(numbers)}"
+    if list(numbers) == [now]:
+        hint = f"version {now} is its only one: there is none to go back to until the next is published"
     if not known:
         raise UserError(f"no move of {name}@{alias} from one version to another is on record", hint=hint)
     if known[-1] != now:

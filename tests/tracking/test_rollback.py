@@ -115,7 +115,10 @@ def test_who_had_it_is_not_guessed(run: SpooledRun, client: MlflowClient, uri: s
     publish(run, tmp_path, 1)
     with pytest.raises(UserError, match="no move of vit@champion") as caught:
         rollback("vit", uri)
-    assert caught.value.hint == "name the version: --to VERSION, one of 1"
+    assert (
+        caught.value.hint
+        == "version 1 is its only one: there is none to go back to until the next is published"
+    )
     publish(run, tmp_path, 2)
     publish(run, tmp_path, 3)
     client.set_registered_model_alias("vit", "champion", "1")
