@@ -212,10 +212,10 @@ class Curate(Stage):
         """See :class:`Stage`: what counts as a near duplicate."""
         if not self.near_duplicate:
             return ["pictures that look nearly the same are all kept (near_duplicate: 0)"]
-        near = f"pictures that differ by at most {self.near_duplicate:g} grey levels"
+        limits = f"at most {self.near_duplicate:g} grey levels"
         if self.near_duplicate_relative is not None:
-            near += f" and {self.near_duplicate_relative:g} of what is usual in their dataset"
-        return [f"of {near}, one is kept (near_duplicate, near_duplicate_relative)"]
+            limits += f" and {self.near_duplicate_relative:g} times the usual difference in their dataset"
+        return [f"of pictures that differ by {limits}, one is kept (near_duplicate, near_duplicate_relative)"]
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Scans, removes repeats, embeds, clusters and samples; deterministic in the files, config and seed.

@@ -34,7 +34,7 @@ from orchestrator.stages.evaluate.verdict import verdict
 
 _PCA_NOTE = (
     "The first three principal components of the patch features as red, green and blue, at twice the size "
-    "of training. The photos of a picture share them, so that a colour means the same in all its maps."
+    "of training. All photos of one model share them, so a colour means the same in all its maps."
 )
 
 _MAPS_NOTE = (

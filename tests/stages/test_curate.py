@@ -407,7 +407,7 @@ def test_what_looks_nearly_the_same_is_told_and_chosen(
 ) -> None:
     stage = Curate(kind="curate", data="photos", clusters=1)
     (choice,) = stage.choices()
-    assert "at most 3 grey levels and 0.15 of what is usual" in choice
+    assert "at most 3 grey levels and 0.15 times the usual difference in their dataset" in choice
     assert "all kept" in stage.model_copy(update={"near_duplicate": 0.0}).choices()[0]
     still = tmp_path / "still"
     still.mkdir()
