@@ -223,7 +223,8 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
             return f"list of {_type(parts[0], [])}"
         return f"list of {len(parts)}: {', '.join(dict.fromkeys(_type(part, []) for part in parts))}" + limits
     if origin is dict:
-        return f"{_type(parts[1], [])}, by name"
+        values = _type(parts[1], [])
+        return "mapping" if values == "mapping" else f"mapping of name to {values}"
     if inspect.isclass(annotation) and issubclass(annotation, Stage):
         return f"`{kind_of(annotation)}`"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
