@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -225,7 +226,7 @@ def checked_target(path: Path) -> Path:
     """A path at which a file of embeddings may be written; its folder is made if it is not there.
 
     Raises:
-        UserError: something else has the name, or the folder cannot be made.
+        UserError: something else has the name, or the folder cannot be made or written.
     """
     if path.is_dir():
         raise UserError(
@@ -242,6 +243,13 @@ def checked_target(path: Path) -> Path:
                 hint="name another file",
             ) from None
     disk.make_folder(path.parent, "name another file for --out")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        # Said before anything is embedded.
+        raise UserError(
+            f"no permission to write into {path.parent.absolute()}",
+            where=str(path),
+            hint="name a file in another folder for --out",
+        )
     return path
 
 

@@ -27,7 +27,7 @@ from orchestrator.data.sources.folder import LeftOut, Listing, list_folder
 from orchestrator.errors import UserError
 from orchestrator.inference import embedded_parts, forward
 from orchestrator.inference.embed_folder import Embedded, by_reason, embed_folder, made_of
-from orchestrator.inference.embeddings import Embeddings, EmbeddingsWriter, open_embeddings
+from orchestrator.inference.embeddings import Embeddings, EmbeddingsWriter, checked_target, open_embeddings
 from orchestrator.models import load_pretrained, preprocess
 
 from .pictures import LEFT_OUT, READABLE, SIZE, UNREADABLE, pixels
@@ -385,6 +385,16 @@ def test_mistakes_are_said_before_anything_is_computed(photos: Path, model: Path
         assert expected in said.replace("\n", " "), said
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert (photos / "pipe.jpg").is_fifo()
+
+
+def test_a_folder_without_permission_is_named_before_anything_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write everywhere, so the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="no permission to write into") as caught:
+        checked_target(tmp_path / "food.parquet")
+    assert "--out" in (caught.value.hint or "")
 
 
 def test_files_that_are_no_embeddings_or_damaged_are_one_error(
