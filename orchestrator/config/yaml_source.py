@@ -379,14 +379,14 @@ def _apply(document: Document, override: str) -> None:
         raise UserError(
             f"nested deeper than {MAX_DEPTH} levels: {shortened(name, 100)}",
             where="command line",
-            hint="write key.path=value, e.g. seed=1",
+            hint="write key.path=value, without spaces around =, such as seed=1",
         )
     is_strange = is_private_text(name) and NO_NAME.search(name.strip()) is not None
     if not equals or not all(parts) or is_strange:
         raise UserError(
             f"not an override: {without_secrets(override)!r}",
             where="command line",
-            hint="write key.path=value, e.g. seed=1",
+            hint="write key.path=value, without spaces around =, such as seed=1",
         )
     # Of a value that is not YAML nobody knows whether it holds a secret.
     without_value = f"command line `{name}=…`"
