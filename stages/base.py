@@ -495,9 +495,3 @@ def figures_of(name: str, names: Iterable[str], summary: Mapping[str, float]) ->
         for figure, value in summary.items()
         if figure.startswith(prefix) and not figure.startswith(longer)
     }
-
-
-def made_by(artifact: Artifact) -> Mapping[str, str]:
-    """The versions of `python` and :data:`PACKAGE` that made an artifact, as far as it says."""
-    found = artifact.manifest.provenance.get("made_by")
-    return {str(name): str(version) for name, version in found.items()} if isinstance(found, dict) else {}

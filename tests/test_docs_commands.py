@@ -137,6 +137,7 @@ def test_cheap_commands_run_and_print_what_the_pages_show(
     assert said.exit_code == 0, f"{said.output}\n{said.exception}"
     printed = [line.rstrip() for line in said.output.split("\n")]
     for line in below:
+        line = line.replace("542", "40")  # photos of the sample set, and of the workplace
         pattern = ".*".join(map(re.escape, line.split("…")))
         assert any(re.fullmatch(pattern, each) for each in printed), f"{line!r} is not in\n{said.output}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -109,6 +109,12 @@ class Manifest(BaseModel):
         for name, entry in sorted(self.files.items()):
             whole.update(f"{len(name)}:{name}={entry.sha256};".encode())
         return whole.hexdigest()[:16]
+
+    @property
+    def made_by(self) -> Mapping[str, str]:
+        """The versions of `python` and of this package that made the artifact, as far as it says."""
+        found = self.provenance.get("made_by")
+        return {str(name): str(version) for name, version in found.items()} if isinstance(found, dict) else {}
 
 
 class _ManifestFormat(BaseModel):

@@ -19,7 +19,7 @@ from orchestrator.config.settings import in_key_if_set
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.fsio import DIGESTS
 from orchestrator.names import inside
-from orchestrator.stages.base import Context, Input, PlanContext, Stage, made_by
+from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.config import UNREAD
 from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.stages.common.scores import has_baseline
@@ -275,7 +275,7 @@ class Publish(Stage):
         tags = lineage(context, found)
         texts = {
             "README.md": card(name, found, tags, context),
-            "MLmodel": mlmodel(found.folder, made_by(found.artifact).get("python")),
+            "MLmodel": mlmodel(found.folder, found.artifact.manifest.made_by.get("python")),
         }
         digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
         for path in sorted(path for path in found.folder.rglob("*") if path.is_file()):

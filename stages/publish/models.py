@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.stages.base import PACKAGE, Context, Stage, figures_of, made_by
+from orchestrator.stages.base import PACKAGE, Context, Stage, figures_of
 from orchestrator.stages.common.scores import KNN, Scores, read_scores
 from orchestrator.storage.artifacts import Artifact
 
@@ -209,6 +209,6 @@ def lineage(context: Context, known: KnownModel) -> dict[str, str]:
     if isinstance(code, dict) and code.get("digest"):
         tags["orchestrator.code"] = code["digest"]
     # Not that of the process that publishes: an upgrade would register the same weights once more.
-    if version := made_by(artifact).get(PACKAGE):
+    if version := artifact.manifest.made_by.get(PACKAGE):
         tags["orchestrator.version"] = version
     return tags | known.knn_tags()

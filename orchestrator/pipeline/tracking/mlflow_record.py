@@ -22,7 +22,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan.stage_plan import ResolvedStage, StagePlan
 from orchestrator.pipeline.store.ledger import PipelineState
 from orchestrator.pipeline.store.workspace import Workspace
-from orchestrator.stages.base import figures_of, made_by
+from orchestrator.stages.base import figures_of
 from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.storage.artifacts import Artifact, folder_name
 from orchestrator.storage.manifest import MANIFEST
@@ -128,7 +128,9 @@ def models(
                 name=f"{stage.name}-{name}" if name else stage.name,
                 kind=str(config.get("preset", stage.parts.kind)),
                 folder=below_artifacts(workspace, folder) if is_small else None,
-                texts={"MLmodel": mlmodel(folder, made_by(artifact).get("python"))} if is_small else {},
+                texts={"MLmodel": mlmodel(folder, artifact.manifest.made_by.get("python"))}
+                if is_small
+                else {},
                 params={**_params(stage, name), "model": config.get("config", config)},
                 tags={
                     "orchestrator.stage": stage.name,
