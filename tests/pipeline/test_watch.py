@@ -7,6 +7,7 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -588,6 +589,20 @@ def test_a_registry_that_stays_away_is_told_at_the_end(store: Store, monkeypatch
     outage(monkeypatch, [True, *[False] * 20])
     with pytest.raises(UserError, match="cannot be reached"):
         watched(store, {10: 0.5}, monkeypatch)
+
+
+def test_a_model_that_cannot_be_concluded_holds_up_no_other() -> None:
+    concluded = []
+
+    def conclude(name: str) -> None:
+        concluded.append(name)
+        if name != "b":
+            raise UserError(f"{name} has no checkpoint")
+
+    watches: Any = [SimpleNamespace(conclude=partial(conclude, name)) for name in "abc"]
+    with pytest.raises(UserError, match="a has no checkpoint"):
+        watcher._conclude(watches)
+    assert concluded == ["a", "b", "c"]
 
 
 def test_an_alias_that_is_set_while_the_model_is_uploaded_is_left_alone(

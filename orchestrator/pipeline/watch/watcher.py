@@ -202,9 +202,24 @@ def watch(
             if options.once or not goes_on:
                 break
             time.sleep(options.every_s)
-        for one in watches:
-            one.conclude()
+        _conclude(watches)
     return {one.training.name: one.scores for one in watches}
+
+
+def _conclude(watches: Sequence[ModelWatch]) -> None:
+    """Say of each model which checkpoint was the best.
+
+    Raises:
+        UserError: the first of one; the others are told, and registered, all the same.
+    """
+    errors = []
+    for one in watches:
+        try:
+            one.conclude()
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _scorer(loaded: LoadedPipeline, training: Training, options: WatchOptions) -> BackboneScorer | None:
