@@ -1,4 +1,4 @@
-"""Kill a machine, count the seconds to the next optimiser step: Ray Train on warm workers beside stock Ray Train.
+"""Kill a machine, count the seconds to the next optimizer step: Ray Train on warm workers beside stock Ray Train.
 
 All arms train the same task with the same loop and the same checkpoints on two machines of one market; a machine is
 killed (SIGKILL: raylet, workers and all) in the middle of a step. They take turns, each on fresh machines:
@@ -135,7 +135,7 @@ def claim(measured: Mapping[str, Measured], baseline: str | None) -> Claim:
         ratio = ours / median(totals["baseline"])
         notes.insert(1, f"{shown(ratio)} times the baseline ({baseline}); asked: at most 1.5 times")
     return Claim(
-        claim="SIGKILL of a machine to the next optimiser step",
+        claim="SIGKILL of a machine to the next optimizer step",
         figure=ours,
         unit="s",
         goal=3.0,

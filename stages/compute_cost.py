@@ -3,7 +3,7 @@
 A student that is a network from elsewhere is built and counted, which needs torch (`stages/distill/network_cost.py`).
 
 Operations count 2 a multiply-add; a backward pass counts twice its forward. Left out, as below one per cent at
-paper scale: losses, Gram matrices, optimiser, augmentation.
+paper scale: losses, Gram matrices, optimizer, augmentation.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class StudentCost:
     Attributes:
         num_blocks: of a step; a block is not divided.
         block_s: seconds of one block, forward and backward.
-        fixed_s: seconds of a step besides its blocks: optimiser, EMA.
+        fixed_s: seconds of a step besides its blocks: optimizer, EMA.
         exchange_s: seconds more as soon as there is a second worker.
         steps: that it still has to do.
         min_workers: workers that its weights, gradients and moments need, or its config asks for.

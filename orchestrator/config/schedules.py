@@ -1,4 +1,4 @@
-"""Schedules by step, and the optimiser that they are for."""
+"""Schedules by step, and the optimizer that they are for."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _above_zero(schedule: Schedule) -> Schedule:
 Momentum = Annotated[Schedule, AfterValidator(_at_most_one)]
 # A schedule of a temperature: above 0 at every step.
 Temperature = Annotated[Schedule, AfterValidator(_above_zero)]
-# An exponential moving average's factor of the optimiser.
+# An exponential moving average's factor of the optimizer.
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 

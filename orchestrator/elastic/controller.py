@@ -70,7 +70,7 @@ class RunSpec:
     Attributes:
         name: of the job: `stage` or `stage/student`.
         num_blocks: blocks of a step.
-        num_steps: optimiser updates of the job.
+        num_steps: optimizer updates of the job.
         work: the job's folder on the driver's machine.
         checkpoints: where its elastic checkpoints are, as an address.
         elastic: of the job.

@@ -39,7 +39,7 @@ _TEMPLATE = Path(__file__).with_name("first_pipeline.yaml.j2")
 _MINUTES = {"cpu": 12, "gpu": 480}
 # What a run does besides training: Ray, curation, evaluation, publishing.
 _AROUND_MIN = 1.5
-# Of what the models compute: what losses, the optimiser, the EMA and passing on features take on top.
+# Of what the models compute: what losses, the optimizer, the EMA and passing on features take on top.
 _OVERHEAD = 1.3
 # Below this many pictures there is next to nothing to learn from.
 FEW = 200

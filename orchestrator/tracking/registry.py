@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a LoggedModel shows of a model: its kind, parameters, and figures after an optimiser step."""
+    """What a LoggedModel shows of a model: its kind, parameters, and figures after an optimizer step."""
 
     kind: str | None = None
     params: Mapping[str, str] = field(default_factory=dict)

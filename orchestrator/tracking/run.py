@@ -57,7 +57,7 @@ class ModelRecord:
         params: dotted names or nested.
         tags: likewise.
         metrics: figures of it.
-        step: the optimiser step that it was made after.
+        step: the optimizer step that it was made after.
     """
 
     name: str

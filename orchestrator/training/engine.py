@@ -67,7 +67,7 @@ def build_engine(
 
 
 class Engine(ABC):
-    """The trainable module with its optimiser, the EMA and the frozen copies, whoever holds which part of them.
+    """The trainable module with its optimizer, the EMA and the frozen copies, whoever holds which part of them.
 
     Attributes:
         modules: the task's, with what the engine made of them.

@@ -39,7 +39,7 @@ class Job:
         name: in logs and reports, such as `pretrain` or `distill/vit-nano`.
         task: makes the task; called in every worker.
         num_blocks: blocks of a step.
-        num_steps: optimiser updates of the whole job.
+        num_steps: optimizer updates of the whole job.
         optimizer: AdamW and its schedules.
         zero_stage: how weights are spread over the workers.
         precision: `auto` is bf16 where a GPU has it, else fp32.

@@ -35,7 +35,7 @@ def import_deepspeed() -> Any:
 
 
 def _import_muon() -> None:
-    """ZeRO imports its Muon optimiser with any other; its decorators load the whole compiler, 3 s a worker."""
+    """ZeRO imports its Muon optimizer with any other; its decorators load the whole compiler, 3 s a worker."""
     compile_ = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
@@ -45,7 +45,7 @@ def _import_muon() -> None:
 
 
 def sum_exactly(zero: Any) -> None:
-    """Let a new ZeRO-3 optimiser add gradients up in float64: over blocks and workers, without a mean over workers.
+    """Let a new ZeRO-3 optimizer add gradients up in float64: over blocks and workers, without a mean over workers.
 
     In float32 the number of workers decides in which order a sum is rounded. A float64 sum of float32 numbers is exact
     as long as they are within a factor of 2^29, and who takes the mean of it afterwards rounds once, always alike.
@@ -79,7 +79,7 @@ def zero_config(stage: int, precision: str, blocks_per_worker: int, num_trained:
     """DeepSpeed's settings.
 
     Args:
-        stage: of ZeRO: 1, 2 or 3. With bf16, 1 is 2: for it DeepSpeed has an optimiser of its own, whose gradients are
+        stage: of ZeRO: 1, 2 or 3. With bf16, 1 is 2: for it DeepSpeed has an optimizer of its own, whose gradients are
             not in the parts that clipping and checkpoints go by. Stage 2 takes less memory, and its workers exchange
             the gradients of each block instead of a step's.
         precision: `fp32` or `bf16`.

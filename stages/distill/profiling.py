@@ -144,7 +144,7 @@ def measured(
 def estimated(
     works: Sequence[Workload], flops_per_s: float, min_devices: Callable[[Workload], int], source: str
 ) -> PartCosts:
-    """Costs from operations alone, without crops, optimiser and exchange.
+    """Costs from operations alone, without crops, optimizer and exchange.
 
     Args:
         works: of a distillation: the teacher's, then the students'.

@@ -11,7 +11,7 @@ _HEADS = {"hidden": 64, "dino_prototypes": 256, "ibot_prototypes": 256, "prototy
 
 
 def pipeline(photos: Path, steps: int, students: int) -> dict[str, Any]:
-    """`steps` optimiser updates in each of the two training stages."""
+    """`steps` optimizer updates in each of the two training stages."""
     common: dict[str, Any] = {
         "steps": steps,
         "batch_size": 4 * BLOCKS,

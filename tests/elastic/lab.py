@@ -448,7 +448,7 @@ def _worker(spec: Spec, rank: int, world: int, scratch: Path) -> NoReturn:
 def main() -> None:
     torch.set_num_threads(1)
     import_deepspeed()
-    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # the first optimiser imports seconds' worth of torch
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # the first optimizer imports seconds' worth of torch
     gc.freeze()  # DeepSpeed collects garbage at each start: in forked workers that copies every page
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

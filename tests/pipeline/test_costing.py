@@ -108,7 +108,7 @@ def test_memory_by_hand() -> None:
     share = 1000 / 1024 / 4
     assert memory["weights"] == pytest.approx(2 * share)
     assert memory["gradients"] == pytest.approx(4 * share)
-    assert memory["optimiser"] == pytest.approx(12 * share)
+    assert memory["optimizer"] == pytest.approx(12 * share)
     assert memory["EMA"] == pytest.approx(4 * share)
     assert memory["frozen weights"] == pytest.approx(2 * share)
     assert memory["gathered"] == pytest.approx(8 * 10 / 1024)
@@ -124,7 +124,7 @@ def test_memory_by_hand() -> None:
 @pytest.mark.parametrize(
     ("zero_stage", "whole"),
     [
-        (0, {"weights", "gradients", "optimiser", "EMA", "frozen weights"}),
+        (0, {"weights", "gradients", "optimizer", "EMA", "frozen weights"}),
         (1, {"weights", "frozen weights"}),  # 2 in bf16
         (2, {"weights", "frozen weights"}),
         (3, set()),
@@ -136,7 +136,7 @@ def test_memory_goes_by_what_is_sharded(zero_stage: ZeroStage, whole: set[str]) 
     hardware = Hardware(devices=4, peak_tflops=100, memory_gib=80, mfu=0.5)
     memory = costing(work, hardware, zero_stage=zero_stage).memory_gib
     gradients = 4 if zero_stage else 6  # a block's own in bf16, and the fp32 sum
-    each = {"weights": 2, "gradients": gradients, "optimiser": 12, "EMA": 4, "frozen weights": 2}
+    each = {"weights": 2, "gradients": gradients, "optimizer": 12, "EMA": 4, "frozen weights": 2}
     for part, gib in each.items():
         assert memory[part] == pytest.approx(gib if part in whole else gib / 4), part
     assert ("reduce bucket" in memory) == (zero_stage > 0)

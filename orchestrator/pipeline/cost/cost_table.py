@@ -13,7 +13,7 @@ from orchestrator.pipeline.cost.costing import Costing
 from orchestrator.table import stage_table
 
 _MEMORY_PARTS = (
-    "weights", "gradients", "optimiser", "EMA", "frozen weights", "gathered", "reduce bucket",
+    "weights", "gradients", "optimizer", "EMA", "frozen weights", "gathered", "reduce bucket",
     "activations", "logits",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from orchestrator.training.job import REDUCE_BUCKET
 
 _GIB = 2**30
 # Bytes a parameter: bf16 weights, fp32 gradients, master and both moments.
-_TRAINED = {"weights": 2, "gradients": 4, "optimiser": 12}
+_TRAINED = {"weights": 2, "gradients": 4, "optimizer": 12}
 # Replicated, a block's bf16 gradient is apart from the fp32 sum.
 _REPLICATED = {**_TRAINED, "gradients": 6}
 # The fp32 average, and the bf16 copy that computes with it.
@@ -32,8 +32,8 @@ _BLOCK_BYTES, _HIDDEN_BYTES = 18.0, 4.0
 # What each ZeRO stage cuts into shards; the rest is whole on every device. In bf16, 1 is 2 (see `zero_config`).
 _SHARDED: Mapping[int, frozenset[str]] = {
     0: frozenset(),
-    2: frozenset({"optimiser", "EMA", "gradients"}),
-    3: frozenset({"optimiser", "EMA", "gradients", "weights", "frozen weights"}),
+    2: frozenset({"optimizer", "EMA", "gradients"}),
+    3: frozenset({"optimizer", "EMA", "gradients", "weights", "frozen weights"}),
 }
 # Bytes a parameter that is moved. bf16 weights are gathered, and fp32 gradients summed to where they are needed; a sum
 # that everybody gets is as much again.

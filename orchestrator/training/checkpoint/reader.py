@@ -63,7 +63,7 @@ def overlaps(numel: int, saved_world: int, rank: int, world: int) -> list[Slice]
 def shards(engine: Engine, *, fresh: bool = False) -> Iterator[tuple[str, Shard]]:
     """All this worker must save, by key; collective at ZeRO 1 and 2.
 
-    With `fresh` moments are stood in for by the weights: same key and place, for an optimiser that has none yet.
+    With `fresh` moments are stood in for by the weights: same key and place, for an optimizer that has none yet.
     """
     for shard in engine.master():
         yield f"master/{shard.name}", shard
