@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,9 +41,32 @@ logger = logging.getLogger("orchestrator")
 
 _DIGESTS, _VALUES = "digests.npy", "values.npy"
 _DIGEST_BYTES = 20
-# Bytes of features in a chunk: so much is in memory until it is written.
-_CHUNK = 32 * 2**20
+_DIGEST = f"S{_DIGEST_BYTES}"
+# Bytes and rows of features in a chunk: so much is in memory until it is written.
+_CHUNK, _ROWS = 32 * 2**20, 8192
 _TRIES = 5
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Features that lie in a file. In memory is what finds them: 24 bytes a picture.
+
+    Attributes:
+        digests: of the pictures, sorted.
+        rows: of `values`, in the order of `digests`.
+        values: (N, …), mapped.
+    """
+
+    digests: NDArray[np.bytes_]
+    rows: NDArray[np.int32]
+    values: Floats
+
+    def find(self, digests_N: NDArray[np.bytes_]) -> NDArray[np.int32]:
+        """The row of each digest, (N,); -1 of those that are not here."""
+        if not len(self.digests):
+            return np.full(len(digests_N), -1, np.int32)
+        at = np.minimum(np.searchsorted(self.digests, digests_N), len(self.digests) - 1)
+        return np.where(self.digests[at] == digests_N, self.rows[at], np.int32(-1))
 
 
 @dataclass
@@ -57,7 +81,9 @@ class FeatureMemory:
 
     folder: Path
     limit: int
-    _known: dict[tuple[str, bytes], tuple[NDArray[np.float32], int]] = field(default_factory=dict)
+    _chunks: dict[str, list[_Chunk]] = field(default_factory=lambda: defaultdict(list))
+    # What no chunk has yet, by part and digest.
+    _unwritten: dict[tuple[str, bytes], tuple[Floats, int]] = field(default_factory=dict)
     _new: dict[tuple[str, tuple[int, ...]], list[tuple[bytes, Floats]]] = field(default_factory=dict)
     _room: int = 0
 
@@ -86,9 +112,10 @@ class FeatureMemory:
             compute: the features of some of them.
         """
         digests = [_digest(crop_HWC) for crop_HWC in crops_NHWC]
-        missing = [at for at, digest in enumerate(digests) if (part, digest) not in self._known]
+        known = self._find(part, digests)
+        missing = [at for at, place in enumerate(known) if place is None]
         if not missing:
-            return np.stack([self._value(part, digest) for digest in digests])
+            return np.stack([place[0][place[1]] for place in known if place is not None])
         whole = len(missing) == len(digests)
         made = compute(crops_NHWC if whole else crops_NHWC[missing])
         self._keep(part, [digests[at] for at in missing], made)
@@ -96,8 +123,9 @@ class FeatureMemory:
             return made
         found = np.empty((len(digests), *made.shape[1:]), dtype=np.float32)
         found[missing] = made
-        for at in sorted(set(range(len(digests))) - set(missing)):
-            found[at] = self._value(part, digests[at])
+        for at, place in enumerate(known):
+            if place is not None:
+                found[at] = place[0][place[1]]
         return found
 
     def flush(self) -> None:
@@ -107,9 +135,15 @@ class FeatureMemory:
                 self._write(part, rows)
         self._new.clear()
 
-    def _value(self, part: str, digest: bytes) -> Floats:
-        values, row = self._known[part, digest]
-        return np.asarray(values[row])
+    def _find(self, part: str, digests: Sequence[bytes]) -> list[tuple[Floats, int] | None]:
+        """For each digest the array and the row of its features; None where they are not known."""
+        found = [self._unwritten.get((part, digest)) for digest in digests]
+        asked = np.array(digests, dtype=_DIGEST)
+        for chunk in self._chunks[part]:
+            rows = chunk.find(asked)
+            for at in np.flatnonzero(rows >= 0).tolist():
+                found[at] = chunk.values, int(rows[at])
+        return found
 
     def _keep(self, part: str, digests: Sequence[bytes], made: Floats) -> None:
         if made.nbytes > self._room:
@@ -119,8 +153,8 @@ class FeatureMemory:
         values = np.array(made, dtype=np.float32)
         rows += zip(digests, values, strict=True)
         # Known at once: a metric may ask again before they are written.
-        self._known |= {(part, digest): (values, row) for row, digest in enumerate(digests)}
-        if len(rows) * rows[0][1].nbytes >= _CHUNK:
+        self._unwritten |= {(part, digest): (values, row) for row, digest in enumerate(digests)}
+        if len(rows) >= _ROWS or len(rows) * rows[0][1].nbytes >= _CHUNK:
             self._write(part, rows)
             rows.clear()
 
@@ -140,10 +174,10 @@ class FeatureMemory:
         except OSError as error:
             # The evaluation does not need it.
             logger.info("features of %s pictures are not kept: %s", len(rows), error)
-            for digest, _ in rows:
-                self._known.pop((part, digest), None)
-            return
-        self._read(target)
+        else:
+            self._read(target)
+        for digest, _ in rows:
+            self._unwritten.pop((part, digest), None)
 
     def _read(self, chunk: Path) -> None:
         try:
@@ -153,9 +187,12 @@ class FeatureMemory:
             return  # removed meanwhile, or damaged or empty: the pictures are computed again
         if digests.ndim != 2 or len(digests) != len(values) or values.dtype != np.float32:
             return
+        if digests.dtype != np.uint8 or digests.shape[1] != _DIGEST_BYTES:
+            return
+        names = np.ascontiguousarray(digests).view(_DIGEST).reshape(-1)
+        order = np.argsort(names)
         part = chunk.name.partition("-")[0]
-        for row, digest in enumerate(digests):
-            self._known[part, digest.tobytes()] = values, row
+        self._chunks[part].append(_Chunk(names[order], order.astype(np.int32), values))
 
 
 def model_key(tower: Tower) -> str | None:

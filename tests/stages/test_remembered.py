@@ -253,3 +253,33 @@ def test_models_that_go_while_room_is_made_take_none(cache: Path, monkeypatch: p
     memory = FeatureMemory.opened("a", 12_000)
     assert memory._room in (6_000, 12_000), "b has gone, and c may have before it was counted"
     assert memory._room == 12_000 - sum(path.stat().st_size for path in cache.rglob("*.npy"))
+
+
+def test_a_chunk_finds_what_a_dictionary_finds() -> None:
+    random = np.random.default_rng(0)
+    # Some end in zeros, which NumPy takes for the end of a text.
+    raw = random.integers(0, 256, (300, 20), dtype=np.uint8)
+    raw[::3, 17:] = 0
+    raw[5] = 0
+    digests = [row.tobytes() for row in raw]
+    names = np.array(digests[:200], dtype="S20")
+    order = np.argsort(names)
+    chunk = remembered._Chunk(names[order], order.astype(np.int32), np.zeros((200, 1), np.float32))
+    known = {digest: row for row, digest in enumerate(digests[:200])}
+    found = chunk.find(np.array(digests, dtype="S20"))
+    assert found.tolist() == [known.get(digest, -1) for digest in digests]
+    empty = remembered._Chunk(names[:0], order[:0].astype(np.int32), np.zeros((0, 1), np.float32))
+    assert empty.find(names[:2]).tolist() == [-1, -1]
+
+
+def test_only_a_few_rows_wait_in_memory(forwards: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_ROWS", 4)
+    first = remembering(tower(), 1.0)
+    assert first.memory is not None
+    plain = embed_crops(tower(), [crops(11)], 11, nothing)
+    forwards.clear()
+    for start in (0, 3, 6, 9):
+        embed_crops(first, [crops(11)[start : start + 3]], min(3, 11 - start), nothing)
+        assert len(first.memory._unwritten) < 4
+    np.testing.assert_allclose(embed_crops(first, [crops(11)], 11, nothing), plain, rtol=1e-5, atol=1e-6)
+    assert sum(forwards) == 11
