@@ -84,13 +84,17 @@ def test_command_lines_of_blocks_are_taken_as_they_stand(page: Path) -> None:
 _CHEAP = ("explain", "models", "plan", "schema", "status")
 
 
+def is_cheap(words_: list[str]) -> bool:
+    """Whether a line is run below. How devices are best split is measured, which takes minutes."""
+    return len(words_) > 1 and words_[1] in _CHEAP and "--devices" not in words_
+
+
 def cheap() -> Iterator[Any]:
     """Each line of the pages that is run: its words, and what the page shows below it."""
     seen: dict[tuple[str, ...], list[str]] = {}
     for page in HAND_WRITTEN:
         for words_ in typed(page, "orchestrator "):
-            # How devices are best split is measured, which takes minutes.
-            if len(words_) > 1 and words_[1] in _CHEAP and "--devices" not in words_:
+            if is_cheap(words_):
                 seen.setdefault(tuple(words_), []).extend(shown(page, words_))
     for line, below in seen.items():
         yield pytest.param(list(line), below, id=" ".join(line[1:]))
