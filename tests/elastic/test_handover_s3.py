@@ -93,25 +93,6 @@ def test_a_checkpoint_in_the_bucket_that_is_damaged_is_mended(
     found(ArtifactStore(store))
 
 
-def test_damage_in_the_bucket_that_a_worker_meets_is_mended(
-    lab: Lab, s3_uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The driver fetches no weights that workers read, so it hears of the damage from them."""
-    only = Choice(only=("curate", "pretrain", "gram"))
-    assert lab.run("vit_femto", Choice(only=("curate", "pretrain")))[0] == 0
-    store = S3Store(s3_uri)
-    for name in [one for one in store.list("artifacts/pretrain-") if "/checkpoint/a" in one]:
-        data = bytearray(store.get_bytes(name))
-        data[-9] ^= 1
-        store.put_bytes(name, bytes(data))
-    new_driver(monkeypatch)
-    lab.trained.clear()
-    code, said = lab.run("vit_femto", only)
-    assert code == 0, said
-    assert lab.trained == ["gram", "pretrain", "gram"]
-    found(ArtifactStore(store))
-
-
 def test_where_the_bucket_copies_nothing_they_do(
     lab: Lab, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
